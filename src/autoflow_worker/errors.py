@@ -1,0 +1,68 @@
+"""Every error that this package raises on purpose, and the exit code it ends the process with."""
+
+from collections.abc import Sequence
+
+
+class WorkerError(Exception):
+    """The worker can't go on."""
+
+    exit_code = 1
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (self.__doc__ or "").strip().splitlines()[0])
+
+
+class PartDiedError(WorkerError):
+    """A part of the worker ended unasked."""
+
+
+class SettingsError(WorkerError):
+    """The settings are wrong.
+
+    Attributes:
+        faults: one sentence for each fault, in the order of the settings.
+    """
+
+    exit_code = 2
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("wrong settings:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+
+
+class TaskListError(WorkerError):
+    """The task list can't be used."""
+
+    exit_code = 2
+
+
+class RedisUnavailableError(WorkerError):
+    """Redis can't be reached."""
+
+    exit_code = 3
+
+
+class RedisUnfitError(WorkerError):
+    """Redis answers, but can't serve as a BullMQ server."""
+
+    exit_code = 3
+
+
+class DatabaseUnavailableError(WorkerError):
+    """PostgreSQL can't be reached."""
+
+    exit_code = 3
+
+
+class DatabaseUnfitError(WorkerError):
+    """PostgreSQL answers, but its tasks table is missing or of another shape."""
+
+    exit_code = 3
+
+
+class PayloadError(WorkerError):
+    """A payload does not validate against its task's payload type."""
+
+
+class NotStorableError(WorkerError):
+    """A value can't be written as JSON."""
