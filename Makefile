@@ -1,0 +1,78 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+NODE_DIR := tests/node
+VENV := .venv
+BIN := $(VENV)/bin
+TASKS ?= examples.tasks_config:tasks
+IMAGE ?= autoflow-worker
+TESTS ?= tests
+# The tests wait for servers more than they compute, so twice as many of them as there are cores run at once.
+TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(2 * (os.cpu_count() or 1))' 2>/dev/null || echo 4)
+CODE := src tests $(wildcard bench chaos examples)
+
+INSTALLED := $(VENV)/.installed
+NODE_INSTALLED := $(NODE_DIR)/node_modules/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo dev-worker start-worker init-db test lint format types docker-build docker-run image-test bench chaos clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or later is needed, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(NODE_INSTALLED): $(NODE_DIR)/package.json $(NODE_DIR)/package-lock.json $(NODE_DIR)/install $(INSTALLED)
+	$(NODE_DIR)/install $(BIN)/python
+	@touch $@
+
+setup: $(INSTALLED) ## create .venv with everything
+
+demo: $(INSTALLED) ## run some hundred jobs of every kind on embedded servers, and check them
+	$(BIN)/autoflow-worker demo
+
+dev-worker: $(INSTALLED) ## run the worker with hot reload (TASKS=module:attribute)
+	$(BIN)/autoflow-worker dev --tasks $(TASKS)
+
+start-worker: $(INSTALLED) ## run the worker as in production: needs REDIS_URL, DATABASE_URL and tasks
+	$(BIN)/autoflow-worker start
+
+init-db: $(INSTALLED) ## create the tasks table in DATABASE_URL if it is missing
+	$(BIN)/autoflow-worker init-db
+
+test: $(INSTALLED) $(NODE_INSTALLED) ## run the tests (TESTS=tests/unit, TEST_JOBS=4)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist worksteal $(TESTS)
+
+lint: $(INSTALLED) ## check the code's style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## format the code, and mend what can be mended
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+
+types: $(INSTALLED) ## check the types, strictly
+	$(BIN)/mypy $(CODE)
+
+docker-build: ## build the image (IMAGE=name)
+	docker build --tag $(IMAGE) .
+
+docker-run: ## run the image with Redis and PostgreSQL beside it
+	docker compose up --build
+
+image-test: $(INSTALLED) ## build the image without Docker, run jobs through it, stop it (Debian, root)
+	scripts/image-test
+
+bench: $(INSTALLED) $(NODE_INSTALLED) ## measure jobs per second
+	$(BIN)/python -m bench
+
+chaos: $(INSTALLED) $(NODE_INSTALLED) ## break servers and workers at random under load, and check every row
+	$(BIN)/python -m chaos
+
+clean: ## remove everything that make and the tools created
+	rm -rf $(VENV) $(NODE_DIR)/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
