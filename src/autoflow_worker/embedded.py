@@ -25,6 +25,16 @@ from autoflow_worker.errors import WorkerError
 START_TIMEOUT = 20.0
 STOP_TIMEOUT = 10.0
 DATABASE = "autoflow"
+# Few bytes, because they are copied at each start; nothing here has to outlive the machine.
+INITDB_OPTIONS = (
+    "--username=postgres",
+    "--auth=trust",
+    "--encoding=UTF8",
+    "--locale=C",
+    "--wal-segsize=4",
+    "--no-sync",
+)
+CREATE_DATABASE = f"CREATE DATABASE {DATABASE} STRATEGY file_copy"
 SOCKET_PATH_MAX = 104
 
 # Reads the pid of each server that is started, an empty line for each that was stopped; at the end
@@ -274,16 +284,9 @@ class EmbeddedPostgres(EmbeddedServer):
     def _initdb(self) -> None:
         self._data.mkdir()
         self._give_data_to_user()
-        self._run(
-            "initdb",
-            "--username=postgres",
-            "--auth=trust",
-            "--encoding=UTF8",
-            "--locale=C",
-            "--no-sync",
-        )
+        self._run("initdb", *INITDB_OPTIONS)
         # A server without clients takes its commands from stdin: no driver is needed here.
-        self._run("postgres", "--single", "postgres", stdin=f"CREATE DATABASE {DATABASE}\n")
+        self._run("postgres", "--single", "postgres", stdin=f"{CREATE_DATABASE}\n")
 
     def _give_data_to_user(self) -> None:
         self._data.chmod(0o700)
@@ -395,10 +398,11 @@ def _cache() -> Path:
     return Path(home, "autoflow-worker")
 
 
-def _fingerprint(path: Path) -> str:
-    """What changes whenever the file is another one."""
-    stat = path.stat()
-    return hashlib.sha256(f"{path}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+def _fingerprint(initdb: Path) -> str:
+    """What changes whenever another cluster would come out."""
+    stat = initdb.stat()
+    parts = (initdb, stat.st_size, stat.st_mtime_ns, INITDB_OPTIONS, CREATE_DATABASE)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _keep(data: Path, template: Path) -> None:
