@@ -1,0 +1,169 @@
+"""Log lines: structlog, as JSON in production; written by a thread of their own.
+
+A line is made where it is logged and written elsewhere, because an output can block: a paused
+terminal or a log collector that hangs would stop the event loop, locks would no longer be renewed,
+and running jobs would be taken for stalled.
+"""
+
+import atexit
+import logging
+import sys
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING, Any
+
+import orjson
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+from autoflow_worker.log_writer import LogWriter
+from autoflow_worker.masking import MAX_SECRET_LENGTH, mask_secrets
+
+if TYPE_CHECKING:
+    from autoflow_worker.settings import LogFormat, LogLevel
+
+#: A longer line, in characters, is made again with each of its values cut to MAX_VALUE_LENGTH.
+MAX_LINE_LENGTH = 16_384
+MAX_VALUE_LENGTH = 2_048
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+_HIGHEST_FIRST = tuple(reversed(_LEVELS.items()))
+_SAFE_INTEGER = 2**53
+
+
+def _unconfigured(context: dict[str, Any]) -> FilteringBoundLogger:
+    logger: FilteringBoundLogger = structlog.get_logger(**context)
+    return logger
+
+
+class _Configured:
+    """What the last ``configure_logging`` chose."""
+
+    writer: LogWriter | None = None
+    job_logger: Callable[[dict[str, Any]], FilteringBoundLogger] = staticmethod(_unconfigured)
+
+
+def configure_logging(
+    level: "LogLevel" = "info", fmt: "LogFormat" = "console", stream: IO[str] | None = None
+) -> None:
+    """Set up structlog, and send the standard library's logging the same way.
+
+    Args:
+        level: the lowest level that is shown.
+        fmt: ``json``, one object per line, or ``console``.
+        stream: where lines go; stdout if not given.
+    """
+    flush_logs()
+    stream = sys.stdout if stream is None else stream
+    writer = LogWriter(stream)
+    # No copy of the event, no call-site lookup, no filtering by processor: each costs every line.
+    processors: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        *([structlog.processors.format_exc_info] if fmt == "json" else []),
+        _Renderer(_json if fmt == "json" else _console(stream)),
+    ]
+    bound_logger: Any = structlog.make_filtering_bound_logger(_LEVELS[level])
+    structlog.configure(
+        processors=processors,
+        wrapper_class=bound_logger,
+        logger_factory=lambda *_: writer,
+        cache_logger_on_first_use=True,
+    )
+    if _Configured.writer is None:
+        atexit.register(flush_logs)
+    _Configured.writer = writer
+    _Configured.job_logger = staticmethod(
+        lambda context: bound_logger(writer, processors=processors, context=context)
+    )
+    root = logging.getLogger()
+    root.handlers = [_StandardHandler(processors, writer)]
+    root.setLevel(_LEVELS[level])
+    logging.captureWarnings(True)
+
+
+def job_logger(**context: Any) -> FilteringBoundLogger:
+    """Return a logger that is bound to the context.
+
+    Made at once instead of by ``structlog.get_logger().bind()``, which copies the context and
+    asks for the configuration: there is a logger for every job that logs.
+    """
+    return _Configured.job_logger(context)
+
+
+def flush_logs(timeout: float = 1.0) -> bool:
+    """Wait until all lines are written, at most ``timeout`` seconds; say whether they are."""
+    return _Configured.writer is None or _Configured.writer.flush(timeout)
+
+
+class _Renderer:
+    """The last processor: a line of text, whatever the values are."""
+
+    def __init__(self, render: Callable[[EventDict], str]) -> None:
+        self._render = render
+
+    def __call__(self, _logger: WrappedLogger, _name: str, event: EventDict) -> str:
+        try:
+            line = self._render(dict(event))
+        except Exception:  # noqa: BLE001 - a lone surrogate, a circle, a repr that raises
+            line = self._render({key: _plain(value) for key, value in event.items()})
+        if len(line) > MAX_LINE_LENGTH:
+            line = self._render({key: _cut(_plain(value)) for key, value in event.items()})
+        return mask_secrets(line)
+
+
+def _json(event: EventDict) -> str:
+    return orjson.dumps(event, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+def _console(stream: IO[str] | None) -> Callable[[EventDict], str]:
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=stream is not None and stream.isatty(),
+        exception_formatter=structlog.dev.plain_traceback,
+        sort_keys=False,
+    )
+    return lambda event: str(renderer(None, "", event))
+
+
+def _plain(value: object) -> str | float | None:
+    if value is None or isinstance(value, bool | float):
+        return value
+    if isinstance(value, int) and abs(value) <= _SAFE_INTEGER:
+        return value
+    try:
+        text = value if isinstance(value, str) else repr(value)
+        return text.encode("utf-8", "backslashreplace").decode()
+    except Exception as error:  # noqa: BLE001 - somebody's repr
+        return f"<{type(value).__name__}, whose repr raised {type(error).__name__}>"
+
+
+def _cut(text: str | float | None) -> str | float | None:
+    if not isinstance(text, str) or len(text) <= MAX_VALUE_LENGTH:
+        return text
+    # Masked before the cut: half a URL is not recognised as one.
+    return mask_secrets(text[: MAX_VALUE_LENGTH + MAX_SECRET_LENGTH])[:MAX_VALUE_LENGTH] + "..."
+
+
+class _StandardHandler(logging.Handler):
+    """Makes lines of the same kind from what libraries log."""
+
+    def __init__(self, processors: list[Processor], writer: LogWriter) -> None:
+        super().__init__()
+        self._processors = processors
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = record.getMessage()
+        except Exception:  # noqa: BLE001 - arguments that do not fit the message
+            text = str(record.msg)
+        level = next((name for name, number in _HIGHEST_FIRST if number <= record.levelno), "debug")
+        line: Any = {"event": text, "logger": record.name}
+        if record.exc_info:
+            line["exc_info"] = record.exc_info
+        try:
+            for process in self._processors:
+                line = process(self._writer, level, line)
+            self._writer.msg(line)
+        except Exception:  # noqa: BLE001 - a line never ends what it tells about
+            self.handleError(record)

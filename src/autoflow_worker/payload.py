@@ -1,0 +1,143 @@
+"""What type a task's payload has, and how a job's data becomes a value of it."""
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from autoflow_worker.errors import PayloadError
+
+#: What a payload's message may hold: so many faults, so many characters for each, and in all.
+MAX_FAULTS = 20
+MAX_FAULT_LENGTH = 200
+MAX_MESSAGE_LENGTH = 2_000
+# Above this, describing the faults one by one would hold up the neighbours of a hostile job.
+_MAX_DESCRIBED = 5_000
+_MAX_PART_LENGTH = 64
+
+_PLAIN = (Any, object, dict, Mapping, dict[str, Any], dict[str, object])
+_PLAIN_MAPPINGS = (Mapping[str, Any], Mapping[str, object])
+
+
+def underlying_function(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function whose code runs: under partials, or a callable object's ``__call__``."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    if inspect.isroutine(handler) or inspect.isclass(handler):
+        return handler
+    return type(handler).__call__
+
+
+def payload_annotation(handler: Callable[..., Any]) -> Any:
+    """Return the annotation of a handler's first parameter, ``Any`` if there is none.
+
+    Raises:
+        NameError: and others that a textual annotation raises when it is evaluated.
+    """
+    try:
+        parameters = list(inspect.signature(handler).parameters.values())
+    except ValueError:  # a builtin that does not tell its parameters
+        return Any
+    if not parameters or parameters[0].annotation is inspect.Parameter.empty:
+        return Any
+    first = parameters[0]
+    # Only this one is evaluated: the others' names may exist for type checkers alone.
+    holder = types.SimpleNamespace(__annotations__={first.name: first.annotation})
+    namespace = getattr(inspect.unwrap(underlying_function(handler)), "__globals__", {})
+    return typing.get_type_hints(holder, globalns=namespace, include_extras=True)[first.name]
+
+
+def payload_adapter(annotation: Any) -> TypeAdapter[Any] | None:
+    """Return pydantic's validator of a type; ``None`` where any JSON object will do.
+
+    Raises:
+        Exception: pydantic's, when it can't validate the type.
+    """
+    if isinstance(annotation, TypeAdapter):
+        return annotation
+    if annotation in _PLAIN or annotation in _PLAIN_MAPPINGS:
+        return None
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+    if not adapter.pydantic_complete:
+        adapter.rebuild(raise_errors=True)
+    return adapter
+
+
+def parse(adapter: TypeAdapter[Any] | None, data: object) -> Any:
+    """Return the payload.
+
+    Raises:
+        PayloadError: the data does not validate; the message names the fields.
+    """
+    if not isinstance(data, dict):
+        raise PayloadError(f"payload does not validate: a JSON object is needed, not {_kind(data)}")
+    if adapter is None:
+        return data
+    try:
+        return adapter.validate_python(data)
+    except ValidationError as error:
+        return _parse_as_json(adapter, data, error)
+    except Exception as error:
+        # A validator that raises something else does so again on every attempt.
+        raise PayloadError(
+            f"payload does not validate: its validation raised {type(error).__name__}"
+        ) from error
+
+
+def _parse_as_json(adapter: TypeAdapter[Any], data: object, error: ValidationError) -> Any:
+    """Validate once more, by the rules for JSON.
+
+    A strict model takes a date, an enum or a tuple from JSON only: in Python it would have to be
+    one already. Jobs come as JSON, so this is what their types mean. Tried second because most
+    types know no difference, and making the text again costs more than all the rest.
+    """
+    try:
+        return adapter.validate_json(orjson.dumps(data))
+    except ValidationError as json_error:
+        error = json_error
+    except Exception:  # noqa: BLE001, S110 - what JSON can't carry: the first error stands
+        pass
+    raise PayloadError("payload does not validate: " + _describe(error)) from error
+
+
+def _describe(error: ValidationError) -> str:
+    count = error.error_count()
+    if count > _MAX_DESCRIBED:
+        return f"{count} faults in {error.title[:_MAX_PART_LENGTH]}"
+    # Without the inputs: they may be secret or huge, and this text is kept in two stores.
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    lines: list[str] = []
+    length = 0
+    for detail in details[:MAX_FAULTS]:
+        line = _fault(detail)
+        length += len(line)
+        if length > MAX_MESSAGE_LENGTH:
+            break
+        lines.append(line)
+    if count > len(lines):
+        lines.append(f"and {count - len(lines)} more")
+    return "; ".join(lines)
+
+
+def _fault(detail: ErrorDetails) -> str:
+    where = ".".join(_part(part) for part in detail["loc"])
+    text = detail["msg"].removeprefix("Value error, ")
+    line = f"{where}: {text}" if where else text
+    return line if len(line) <= MAX_FAULT_LENGTH else line[:MAX_FAULT_LENGTH] + "..."
+
+
+def _part(part: int | str) -> str:
+    text = str(part)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= _MAX_PART_LENGTH else text[:_MAX_PART_LENGTH] + "..."
+
+
+def _kind(data: object) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(data), "a number" if isinstance(data, int | float) else "something else")

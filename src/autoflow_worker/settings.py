@@ -1,0 +1,195 @@
+"""Settings from the environment; every fault in them is reported at once."""
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from autoflow_worker.errors import SettingsError
+
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+LogFormat = Literal["console", "json"]
+
+# Names that Node's loggers know, so that one LOG_LEVEL serves the API and this worker.
+_LEVEL_ALIASES = {"trace": "debug", "warn": "warning", "fatal": "critical"}
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}(?=://)")
+_BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_SHOWN_LENGTH = 80
+
+_Names = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+def _split_names(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    # Named twice is asked for once; what stays empty is refused by the length.
+    return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+
+
+def _level_name(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return _LEVEL_ALIASES.get(value.strip().lower(), value.strip().lower())
+
+
+def _lower(value: object) -> object:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _redis_url(value: SecretStr) -> SecretStr:
+    return SecretStr(_checked_url(value.get_secret_value(), {"redis", "rediss", "unix"}))
+
+
+def _database_url(value: SecretStr) -> SecretStr:
+    return SecretStr(_checked_url(value.get_secret_value(), {"postgres", "postgresql"}))
+
+
+def _checked_url(url: str, schemes: set[str]) -> str:
+    """Return the URL without outer blanks.
+
+    Its faults are told without its text: where a URL is malformed, nobody can say which part of
+    it was meant to be the password.
+    """
+    url = url.strip()
+    if any(character.isspace() or not character.isprintable() for character in url):
+        raise ValueError("it contains a blank or a control character")
+    scheme = _SCHEME.match(url)
+    if scheme is None or scheme[0].lower() not in schemes:
+        raise ValueError("its scheme is another one" if scheme else "it has no scheme")
+    if _BARE_PERCENT.search(url):
+        raise ValueError("a % in a user name or password has to be written as %25")
+    try:
+        parts = urlsplit(url)
+        # PostgreSQL takes several hosts separated by commas, which urlsplit can't take apart.
+        if "," not in parts.netloc:
+            _ = parts.port
+    except ValueError:
+        raise ValueError(
+            "its host or port can't be read; write / ? # @ : and [ in a user name or password "
+            "percent-encoded"
+        ) from None
+    if scheme[0].lower() == "unix" and not parts.path:
+        raise ValueError("it names no socket file")
+    return url
+
+
+class Settings(BaseSettings):
+    """What the environment says, checked.
+
+    Each attribute is the variable of the same name in capitals. A variable set to nothing counts
+    as not set. The two URLs are never printed.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, env_ignore_empty=True, hide_input_in_errors=True, str_strip_whitespace=True
+    )
+
+    node_env: Annotated[str, BeforeValidator(_lower)] = Field(
+        "development", description="a name; production turns JSON logs on"
+    )
+    redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(
+        description="redis://user:password@host:6379/0, rediss://... for TLS, or unix://path"
+    )
+    database_url: Annotated[SecretStr, AfterValidator(_database_url)] = Field(
+        description="postgresql://user:password@host:5432/database"
+    )
+    bullmq_prefix: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,200}$")] = Field(
+        "bull", description="the key prefix that the producers use, 1 to 200 characters"
+    )
+    tasks_config: Annotated[str, StringConstraints(pattern=r"^[\w.]+:[\w.]+$")] = Field(
+        "tasks_config:tasks", description="module:attribute, where the attribute is a list of tasks"
+    )
+    worker_queues: Annotated[_Names | None, NoDecode, BeforeValidator(_split_names)] = Field(
+        None, description="queue names separated by commas, or not set for all of them"
+    )
+    worker_concurrency: int = Field(
+        1, ge=1, le=10_000, description="a whole number from 1 to 10000 (jobs at once per task)"
+    )
+    worker_shutdown_grace: float = Field(
+        25.0, ge=0, le=86_400, allow_inf_nan=False, description="seconds from 0 to 86400"
+    )
+    worker_startup_timeout: float = Field(
+        30.0, gt=0, le=3_600, allow_inf_nan=False, description="seconds above 0, up to 3600"
+    )
+    database_pool_max: int = Field(
+        5, ge=1, le=1_000, description="a whole number from 1 to 1000 (connections)"
+    )
+    record_unknown_jobs: bool = Field(True, description="true or false")
+    log_level: Annotated[LogLevel, BeforeValidator(_level_name)] = Field(
+        "info", description="debug, info, warning, error or critical"
+    )
+    log_format: Annotated[LogFormat, BeforeValidator(_lower)] = Field(
+        default_factory=lambda data: "json" if data.get("node_env") == "production" else "console",
+        description="console or json",
+    )
+
+    #: Never shown, not even in part: a malformed URL hides its password anywhere.
+    secret_fields: ClassVar[frozenset[str]] = frozenset({"redis_url", "database_url"})
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the environment only; what the command line says goes before it."""
+        return init_settings, env_settings
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Read the environment.
+
+        Args:
+            overrides: values that go before the environment, by attribute; ``None`` is none.
+
+        Raises:
+            SettingsError: with all faults, each naming the variable, its value and the way out.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            faults = [_fault(detail) for detail in error.errors(include_url=False)]
+        # Outside of the handler: the driver's error carries the values, passwords included.
+        raise SettingsError(list(dict.fromkeys(faults)))
+
+
+def _fault(detail: ErrorDetails) -> str:
+    name = str(detail["loc"][0]) if detail["loc"] else "?"
+    field = Settings.model_fields.get(name)
+    wanted = field.description if field is not None else None
+    if detail["type"] == "missing":
+        return f"{name.upper()} is not set: set it to {wanted}"
+    if detail["type"] == "extra_forbidden":
+        return f"{name.upper()} is not a setting"
+    reason = ""
+    if detail["type"] == "value_error":
+        reason = detail["msg"].removeprefix("Value error, ") + "; "
+    return f"{name.upper()}={_shown(name, detail['input'])}: {reason}it must be {wanted}"
+
+
+def _shown(name: str, value: object) -> str:
+    if name in Settings.secret_fields:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+        scheme = _SCHEME.match(text.strip())
+        return f"{scheme[0]}://***" if scheme else "***"
+    text = ascii(value)
+    return text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "..."
