@@ -1,0 +1,405 @@
+"""The Redis client that everything in one process shares: pipelined, and never lost for good.
+
+redis-py spends 150 to 200 microseconds on each command and lets one command at a time onto a
+connection. Here, commands that are issued in the same turn of the event loop leave in one write,
+and hiredis matches the replies in order. Connecting (TLS, ACL users, unix sockets, database
+numbers, client names) stays redis-py's own: a `Channel` takes the connected socket over from it.
+"""
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import hiredis
+import structlog
+from redis._parsers.base import BaseParser
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    InvalidResponse,
+    NoPermissionError,
+    RedisError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from autoflow_worker.errors import RedisUnavailableError
+
+log = structlog.get_logger(__name__)
+
+HANDSHAKE_TIMEOUT: Final = 5.0
+"""Seconds that connecting, and each reply while connecting, may take."""
+
+REPLY_PATIENCE: Final = 10.0
+"""Seconds without a single reply after which a connection counts as half-open and is dropped."""
+
+CONNECT_PATIENCE: Final = 5.0
+"""Seconds that a new command waits for a connection before it fails."""
+
+RETRY_PAUSE: Final = 0.05
+"""Seconds before the second attempt to connect; doubled from there on."""
+
+RETRY_PAUSE_MAX: Final = 1.0
+"""Seconds between two attempts to connect, at most."""
+
+BLOCKING_COMMANDS: Final = frozenset(
+    {"BLMOVE", "BLPOP", "BRPOP", "BRPOPLPUSH", "BZPOPMAX", "BZPOPMIN", "XREAD", "XREADGROUP"}
+)
+
+# Redis 6 wraps what a script ran into; later servers answer with the code alone.
+_ERROR_CODE: Final = re.compile(r"(?:ERR Error running script .*?: -?)?([A-Z]+) ", re.DOTALL)
+_WRONG_SERVER: Final = frozenset({"READONLY", "LOADING", "MASTERDOWN", "NOAUTH"})
+_UNABLE_SERVER: Final = frozenset(
+    {"MISCONF", "OOM", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "UNKILLABLE"}
+)
+_INCOMPLETE: Final = object()
+
+
+class ServerNotReadyError(RedisConnectionError):
+    """The server answered that it can't serve commands now; nothing was executed."""
+
+
+class WrongServerError(ServerNotReadyError):
+    """The server is a replica, or is loading: a new connection may reach one that serves."""
+
+
+class Channel:
+    """One connection on which commands are pipelined, and which reconnects for ever.
+
+    A caller that is cancelled leaves its place in the row of replies, so its neighbours' replies
+    are never shifted. What was in flight when the connection broke fails with redis-py's
+    `ConnectionError`: nobody can know whether it was executed, so the caller has to ask.
+
+    Attributes:
+        client_id: the server's id of this connection, for CLIENT UNBLOCK.
+        died: done, with an exception, if reconnecting itself broke (a bug, not an outage).
+    """
+
+    def __init__(self, pool: ConnectionPool, client_name: str | None, *, quiet: bool) -> None:
+        self._pool = pool
+        self._client_name = client_name
+        self._log = log.debug if quiet else log.warning
+        self._loop = asyncio.get_running_loop()
+        self._link: _Link | None = None
+        self._outbox: list[bytes] = []
+        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._connected = asyncio.Event()
+        self._connector: asyncio.Task[None] | None = None
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._silent_since = 0.0
+        self._patience = REPLY_PATIENCE
+        self._closing = False
+        self.client_id = 0
+        self.died: asyncio.Future[None] = self._loop.create_future()
+
+    async def open(self, timeout: float) -> None:
+        """Connect for the first time.
+
+        Args:
+            timeout: seconds to keep trying.
+
+        Raises:
+            RedisUnavailableError: the server was not reached in time, or refuses the credentials.
+        """
+        deadline = self._loop.time() + timeout
+        pause = RETRY_PAUSE
+        while True:
+            try:
+                await self._connect()
+            except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+                raise RedisUnavailableError(f"Redis refuses the connection: {error}") from error
+            except (RedisError, OSError) as error:
+                if self._loop.time() + pause > deadline:
+                    raise RedisUnavailableError(
+                        f"Redis can't be reached within {timeout:g} s: {error}"
+                    ) from error
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, RETRY_PAUSE_MAX)
+            else:
+                return
+
+    async def close(self) -> None:
+        """Close the connection; what is in flight fails. May be called twice."""
+        self._closing = True
+        if self._connector is not None:
+            self._connector.cancel()
+            await asyncio.wait({self._connector})
+        self._drop(RedisConnectionError("the Redis client is closed"))
+        self.died.cancel()
+
+    @property
+    def is_connected(self) -> bool:
+        return self._link is not None
+
+    async def connected(self) -> None:
+        """Wait until there is a connection, however long it takes."""
+        await self._connected.wait()
+
+    async def execute(self, args: tuple[Any, ...], *, patience: float = REPLY_PATIENCE) -> Any:
+        """Send one command and wait for its reply.
+
+        Args:
+            patience: seconds of silence after which the connection counts as half-open; the
+                command's own blocking time comes on top of `REPLY_PATIENCE`.
+
+        Raises:
+            redis.exceptions.ConnectionError: there is no connection, or it broke before the reply.
+            redis.exceptions.ResponseError: the server's own error.
+        """
+        if self._link is None:
+            await self._await_connection()
+        packed = _pack(args)
+        if not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox.append(packed)
+        if not self._waiting:
+            self._silent_since = self._loop.time()
+            self._patience = patience
+        reply: asyncio.Future[Any] = self._loop.create_future()
+        self._waiting.append(reply)
+        return await reply
+
+    async def _await_connection(self) -> None:
+        if self._closing:
+            raise RedisConnectionError("the Redis client is closed")
+        try:
+            async with asyncio.timeout(CONNECT_PATIENCE):
+                await self._connected.wait()
+        except TimeoutError:
+            raise RedisConnectionError(f"no connection to Redis for {CONNECT_PATIENCE} s") from None
+
+    def _flush(self) -> None:
+        if self._link is None or not self._outbox:
+            return
+        self._link.transport.write(b"".join(self._outbox))
+        self._outbox.clear()
+        if self._watchdog is None:
+            self._watchdog = self._loop.call_later(1.0, self._watch)
+
+    def _watch(self) -> None:
+        self._watchdog = None
+        if not self._waiting:
+            return
+        if self._loop.time() - self._silent_since > self._patience:
+            self._drop(RedisConnectionError(f"Redis gave no reply for {self._patience:g} s"))
+        else:
+            self._watchdog = self._loop.call_later(1.0, self._watch)
+
+    def on_reply(self, reply: Any) -> None:
+        """Give the next reply to the caller that has waited longest."""
+        self._silent_since = self._loop.time()
+        if not self._waiting:
+            self._drop(RedisConnectionError("Redis sent a reply that nobody asked for"))
+            return
+        future = self._waiting.popleft()
+        if not isinstance(reply, Exception):
+            if not future.done():
+                future.set_result(reply)
+            return
+        if not future.done():
+            future.set_exception(reply)
+        if isinstance(reply, WrongServerError):
+            self._drop(reply)
+
+    def on_lost(self, link: "_Link", reason: str) -> None:
+        """The connection broke, or what came over it made no sense."""
+        if link is self._link:
+            self._drop(RedisConnectionError(f"the connection to Redis was lost: {reason}"))
+
+    def _drop(self, reason: RedisConnectionError) -> None:
+        """Forget the connection, fail what was in flight, and start to reconnect."""
+        link, self._link = self._link, None
+        if link is None:
+            return
+        self._connected.clear()
+        link.abort()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        self._outbox.clear()
+        waiting, self._waiting = self._waiting, deque()
+        for future in waiting:
+            if not future.done():
+                future.set_exception(RedisConnectionError(str(reason)))
+        if not self._closing:
+            self._log("redis_connection_lost", reason=str(reason))
+            # A server that answers at once, but wrongly, must not be asked in a tight loop.
+            pause = RETRY_PAUSE_MAX / 2 if isinstance(reason, WrongServerError) else 0.0
+            self._connector = self._loop.create_task(self._reconnect(pause))
+            self._connector.add_done_callback(self._note_end)
+
+    async def _reconnect(self, pause: float) -> None:
+        lost_at = self._loop.time()
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                await self._connect()
+            except (RedisError, OSError):
+                pause = min(max(pause * 2, RETRY_PAUSE), RETRY_PAUSE_MAX)
+            else:
+                self._log("redis_connection_restored", after_s=round(self._loop.time() - lost_at, 1))
+                return
+
+    def _note_end(self, connector: asyncio.Task[None]) -> None:
+        if not connector.cancelled() and not self.died.done() and connector.exception():
+            self.died.set_exception(cast(BaseException, connector.exception()))
+
+    async def _connect(self) -> None:
+        """Let redis-py connect and authenticate, then take the socket over from it."""
+        connection = self._pool.make_connection()
+        connection.client_name = self._client_name
+        try:
+            await connection.connect()
+            # A server that is loading accepts connections and refuses everything else.
+            await connection.send_command("PING")
+            await connection.read_response()
+            await connection.send_command("CLIENT", "ID")
+            self.client_id = int(await connection.read_response())
+            self._link = _Link(connection, self)
+        except BaseException:
+            connection._close()
+            raise
+        self._connected.set()
+
+
+class _Link(asyncio.Protocol):
+    """One connected socket of a `Channel`: bytes in, replies out."""
+
+    def __init__(self, connection: AbstractConnection, channel: Channel) -> None:
+        writer = connection._writer
+        if writer is None or writer.transport.is_closing():
+            raise RedisConnectionError("the connection to Redis was lost while connecting")
+        self._connection = connection
+        self._channel = channel
+        self._parser = hiredis.Reader(
+            protocolError=InvalidResponse,
+            replyError=_reply_error,
+            encoding="utf-8",
+            errors="surrogateescape",
+            notEnoughData=_INCOMPLETE,
+        )
+        self.transport = cast(asyncio.Transport, writer.transport)
+        self.transport.set_protocol(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed(data)
+        try:
+            while (reply := self._parser.gets()) is not _INCOMPLETE:
+                self._channel.on_reply(reply)
+        except InvalidResponse as error:
+            self._channel.on_lost(self, f"not the Redis protocol: {error}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._channel.on_lost(self, str(exc or "closed by the server"))
+
+    def abort(self) -> None:
+        self.transport.abort()
+        self._connection._writer = self._connection._reader = None
+
+
+class PipelinedRedis(Redis):
+    """A `redis.asyncio.Redis` whose commands all share one pipelined `Channel`.
+
+    It goes into bullmq by the front door: bullmq takes any `redis.asyncio.Redis`. Blocking
+    commands, pipelines and transactions take connections of redis-py's pool, as always.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`, with redis-py's options.
+
+    Raises:
+        ValueError: the URL is not one of these.
+    """
+
+    def __init__(self, url: str) -> None:
+        pool = ConnectionPool.from_url(
+            url,
+            protocol=2,
+            decode_responses=True,
+            socket_timeout=HANDSHAKE_TIMEOUT,
+            socket_connect_timeout=HANDSHAKE_TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
+        )
+        super().__init__(connection_pool=pool)
+        self.auto_close_connection_pool = True
+        self._scripts: dict[str, AsyncScript] = {}
+        self._channels: list[Channel] = []
+        self._shared = self._add_channel(None, quiet=False)
+
+    def _add_channel(self, client_name: str | None, *, quiet: bool) -> Channel:
+        channel = Channel(self.connection_pool, client_name, quiet=quiet)
+        self._channels.append(channel)
+        return channel
+
+    async def open(self, timeout: float) -> None:
+        """Connect for the first time; see `Channel.open`."""
+        await self._shared.open(timeout)
+
+    async def open_blocking_channel(self, client_name: str, timeout: float) -> Channel:
+        """A further connection for one caller's blocking commands; closed with this client."""
+        channel = self._add_channel(client_name, quiet=True)
+        await channel.open(timeout)
+        return channel
+
+    async def connected(self) -> None:
+        """Wait until there is a connection, however long it takes."""
+        await self._shared.connected()
+
+    @property
+    def is_connected(self) -> bool:
+        return self._shared.is_connected
+
+    def deaths(self) -> list[asyncio.Future[None]]:
+        """One future for each connection, done with an exception if reconnecting broke."""
+        return [channel.died for channel in self._channels]
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close every connection. May be called twice."""
+        await asyncio.gather(*(channel.close() for channel in self._channels))
+        await super().aclose(close_connection_pool)
+
+    def register_script(self, script: Any) -> AsyncScript:
+        """As redis-py's, but a script is held once however many queues register it."""
+        registered = self._scripts.get(script)
+        if registered is None:
+            registered = self._scripts[script] = super().register_script(script)
+        return registered
+
+    async def evalsha(self, sha: str, numkeys: int, *keys_and_args: Any) -> Any:
+        return await self._shared.execute(("EVALSHA", sha, numkeys, *keys_and_args))
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        if args[0] in BLOCKING_COMMANDS:
+            return await super().execute_command(*args, **options)
+        reply = await self._shared.execute(args)
+        options.pop("keys", None)
+        callback: Callable[..., Any] | None = self.response_callbacks.get(args[0])
+        return reply if callback is None else callback(reply, **options)
+
+
+def _reply_error(text: str) -> Exception:
+    """The exception for an error reply; what another connection or another time could mend apart."""
+    match = _ERROR_CODE.match(text)
+    code = match.group(1) if match else ""
+    if code in _WRONG_SERVER:
+        return WrongServerError(text)
+    if code in _UNABLE_SERVER:
+        return ServerNotReadyError(text)
+    return cast(Exception, BaseParser.parse_error(text))
+
+
+def _pack(args: tuple[Any, ...]) -> bytes:
+    """Encode one command; text that came in as bytes outside UTF-8 leaves as it came."""
+    if " " in args[0]:  # "SCRIPT LOAD" and the like, as redis-py names them
+        args = (*args[0].split(), *args[1:])
+    try:
+        return hiredis.pack_command(args)
+    except UnicodeEncodeError:
+        return hiredis.pack_command(
+            tuple(a.encode(errors="surrogateescape") if isinstance(a, str) else a for a in args)
+        )

@@ -1,0 +1,153 @@
+"""The whole worker: open everything, run, drain, close everything. Start reading here."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Final
+
+import structlog
+
+from autoflow_worker.errors import PartDiedError, WorkerError
+from autoflow_worker.job_queue import JobQueue
+from autoflow_worker.recorder import StatusRecorder
+from autoflow_worker.redis_client import PipelinedRedis
+from autoflow_worker.settings import Settings
+from autoflow_worker.task import TaskDefinition
+from autoflow_worker.task_worker import TaskWorker
+
+log = structlog.get_logger(__name__)
+
+EXIT_CLEAN: Final = 0
+EXIT_HANDED_BACK: Final = 4
+
+CLOSE_TIMEOUT: Final = 1.0
+"""Seconds past the deadline for handing jobs back and, after that, for the recorder's last batch."""
+
+
+class WorkerService:
+    """One TaskWorker for each task; one Redis client, one recorder and one shutdown for all.
+
+    Args:
+        settings: checked settings.
+        tasks: at least one; no two of one queue.
+    """
+
+    def __init__(self, settings: Settings, tasks: Sequence[TaskDefinition[Any]]) -> None:
+        self._settings = settings
+        self._tasks = tasks
+        self._redis: PipelinedRedis | None = None
+        self._recorder: StatusRecorder | None = None
+        self._workers: list[TaskWorker] = []
+
+    async def run(self, stop: asyncio.Event, abort: asyncio.Event) -> int:
+        """Work until `stop` is set; `abort` cuts the drain short.
+
+        Returns:
+            0 if every job that had been fetched was finished, 4 if some were handed back.
+
+        Raises:
+            WorkerError: it could not start, or a part of it died; everything is closed then.
+        """
+        try:
+            await self._open()
+            self._start()
+            await self._watch(stop)
+            cut_off = await self._drain(abort)
+        finally:
+            await self._close()
+        return EXIT_HANDED_BACK if cut_off else EXIT_CLEAN
+
+    async def _open(self) -> None:
+        """Connect to everything; all or none."""
+        settings, timeout = self._settings, self._settings.worker_startup_timeout
+        self._recorder = StatusRecorder(
+            settings.database_url.get_secret_value(), max_connections=settings.database_pool_max
+        )
+        self._redis = PipelinedRedis(settings.redis_url.get_secret_value())
+        await self._recorder.open(timeout)
+        await self._redis.open(timeout)
+        for task in self._tasks:
+            queue = JobQueue(
+                task.queue_name, self._redis, settings.bullmq_prefix, task.worker_options
+            )
+            await queue.open(timeout)
+            self._workers.append(
+                TaskWorker(
+                    task,
+                    queue,
+                    self._recorder,
+                    concurrency=task.options.concurrency or settings.worker_concurrency,
+                    record_unknown_jobs=settings.record_unknown_jobs,
+                )
+            )
+
+    def _start(self) -> None:
+        for worker in self._workers:
+            worker.start()
+        log.info("worker_started", queues=[worker.task.queue_name for worker in self._workers])
+
+    async def _watch(self, stop: asyncio.Event) -> None:
+        """Wait until it is time to stop; a dead part is noticed by its end.
+
+        Raises:
+            PartDiedError: a part ended unasked.
+        """
+        assert self._redis is not None and self._recorder is not None, "opened before"
+        stopping = asyncio.ensure_future(stop.wait())
+        parts: list[asyncio.Future[None]] = [*self._recorder.deaths(), *self._redis.deaths()]
+        parts += [part for worker in self._workers for part in worker.deaths()]
+        try:
+            await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        for part in parts:
+            if part.done():
+                raise PartDiedError(f"{_name_of(part)} ended unasked: {_reason_of(part)}")
+
+    async def _drain(self, abort: asyncio.Event) -> int:
+        """Let what runs finish, until the deadline or `abort`; then cut it off.
+
+        Returns:
+            How many jobs were cut off.
+        """
+        log.info("worker_stopping", grace_s=self._settings.worker_shutdown_grace)
+        for worker in self._workers:
+            worker.stop()
+        aborted = asyncio.ensure_future(abort.wait())
+        drained = asyncio.gather(*(worker.drained() for worker in self._workers))
+        await asyncio.wait(
+            {aborted, drained},
+            timeout=self._settings.worker_shutdown_grace,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        aborted.cancel()
+        if not drained.done():
+            log.warning("deadline_passed", aborted=abort.is_set())
+            drained.cancel()
+        return await self._close_workers()
+
+    async def _close_workers(self) -> int:
+        """Stop every TaskWorker and hand back what they hold. May be called twice."""
+        closing = (worker.close(CLOSE_TIMEOUT) for worker in self._workers)
+        return sum(await asyncio.gather(*closing))
+
+    async def _close(self) -> None:
+        """Close in the order of need: the recorder serves the workers, Redis serves both."""
+        await self._close_workers()
+        if self._recorder is not None:
+            await self._recorder.close(CLOSE_TIMEOUT)
+        if self._redis is not None:
+            await self._redis.aclose()
+        log.info("worker_stopped")
+
+
+def _name_of(part: asyncio.Future[None]) -> str:
+    return part.get_name() if isinstance(part, asyncio.Task) else "the connection to Redis"
+
+
+def _reason_of(part: asyncio.Future[None]) -> str:
+    if part.cancelled():
+        return "it was cancelled"
+    error = part.exception()
+    if isinstance(error, WorkerError):
+        return str(error)
+    return "without an error" if error is None else f"{type(error).__name__}: {error}"
