@@ -16,7 +16,7 @@ import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 from autoflow_worker.log_writer import LogWriter
-from autoflow_worker.masking import MAX_SECRET_LENGTH, mask_secrets
+from autoflow_worker.masking import mask_secrets
 
 if TYPE_CHECKING:
     from autoflow_worker.settings import LogFormat, LogLevel
@@ -28,6 +28,8 @@ MAX_VALUE_LENGTH = 2_048
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _HIGHEST_FIRST = tuple(reversed(_LEVELS.items()))
 _SAFE_INTEGER = 2**53
+# Left before a cut, which would make half a URL of one: that is not recognised, and shows all.
+_SECRET_LENGTH = 1_024
 
 
 def _unconfigured(context: dict[str, Any]) -> FilteringBoundLogger:
@@ -105,15 +107,27 @@ class _Renderer:
     def __call__(self, _logger: WrappedLogger, _name: str, event: EventDict) -> str:
         try:
             line = self._render(dict(event))
-        except Exception:  # noqa: BLE001 - a lone surrogate, a circle, a repr that raises
+        except Exception:
             line = self._render({key: _plain(value) for key, value in event.items()})
         if len(line) > MAX_LINE_LENGTH:
             line = self._render({key: _cut(_plain(value)) for key, value in event.items()})
-        return mask_secrets(line)
+        return line
 
 
 def _json(event: EventDict) -> str:
-    return orjson.dumps(event, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+    line = orjson.dumps(event, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+    # Value by value: in the line as a whole, what looks like a password could span two of them.
+    return orjson.dumps(_masked(orjson.loads(line))).decode() if "://" in line else line
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, str):
+        return mask_secrets(value)
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    if isinstance(value, dict):
+        return {mask_secrets(key): _masked(item) for key, item in value.items()}
+    return value
 
 
 def _console(stream: IO[str] | None) -> Callable[[EventDict], str]:
@@ -122,7 +136,7 @@ def _console(stream: IO[str] | None) -> Callable[[EventDict], str]:
         exception_formatter=structlog.dev.plain_traceback,
         sort_keys=False,
     )
-    return lambda event: str(renderer(None, "", event))
+    return lambda event: mask_secrets(str(renderer(None, "", event)))
 
 
 def _plain(value: object) -> str | float | None:
@@ -133,15 +147,14 @@ def _plain(value: object) -> str | float | None:
     try:
         text = value if isinstance(value, str) else repr(value)
         return text.encode("utf-8", "backslashreplace").decode()
-    except Exception as error:  # noqa: BLE001 - somebody's repr
+    except Exception as error:
         return f"<{type(value).__name__}, whose repr raised {type(error).__name__}>"
 
 
 def _cut(text: str | float | None) -> str | float | None:
     if not isinstance(text, str) or len(text) <= MAX_VALUE_LENGTH:
         return text
-    # Masked before the cut: half a URL is not recognised as one.
-    return mask_secrets(text[: MAX_VALUE_LENGTH + MAX_SECRET_LENGTH])[:MAX_VALUE_LENGTH] + "..."
+    return mask_secrets(text[: MAX_VALUE_LENGTH + _SECRET_LENGTH])[:MAX_VALUE_LENGTH] + "..."
 
 
 class _StandardHandler(logging.Handler):
@@ -155,7 +168,7 @@ class _StandardHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = record.getMessage()
-        except Exception:  # noqa: BLE001 - arguments that do not fit the message
+        except Exception:
             text = str(record.msg)
         level = next((name for name, number in _HIGHEST_FIRST if number <= record.levelno), "debug")
         line: Any = {"event": text, "logger": record.name}
@@ -165,5 +178,5 @@ class _StandardHandler(logging.Handler):
             for process in self._processors:
                 line = process(self._writer, level, line)
             self._writer.msg(line)
-        except Exception:  # noqa: BLE001 - a line never ends what it tells about
+        except Exception:
             self.handleError(record)

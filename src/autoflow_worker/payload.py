@@ -101,7 +101,7 @@ def _parse_as_json(adapter: TypeAdapter[Any], data: object, error: ValidationErr
         return adapter.validate_json(orjson.dumps(data))
     except ValidationError as json_error:
         error = json_error
-    except Exception:  # noqa: BLE001, S110 - what JSON can't carry: the first error stands
+    except Exception:  # noqa: S110 - what JSON can't carry: the first error stands
         pass
     raise PayloadError("payload does not validate: " + _describe(error)) from error
 

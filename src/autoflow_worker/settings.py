@@ -1,8 +1,7 @@
 """Settings from the environment; every fault in them is reported at once."""
 
-import re
+from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from autoflow_worker import connection_urls
 from autoflow_worker.errors import SettingsError
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
@@ -27,8 +27,6 @@ LogFormat = Literal["console", "json"]
 
 # Names that Node's loggers know, so that one LOG_LEVEL serves the API and this worker.
 _LEVEL_ALIASES = {"trace": "debug", "warn": "warning", "fatal": "critical"}
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}(?=://)")
-_BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SHOWN_LENGTH = 80
 
 _Names = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -52,40 +50,11 @@ def _lower(value: object) -> object:
 
 
 def _redis_url(value: SecretStr) -> SecretStr:
-    return SecretStr(_checked_url(value.get_secret_value(), {"redis", "rediss", "unix"}))
+    return SecretStr(connection_urls.redis_url(value.get_secret_value()))
 
 
 def _database_url(value: SecretStr) -> SecretStr:
-    return SecretStr(_checked_url(value.get_secret_value(), {"postgres", "postgresql"}))
-
-
-def _checked_url(url: str, schemes: set[str]) -> str:
-    """Return the URL without outer blanks.
-
-    Its faults are told without its text: where a URL is malformed, nobody can say which part of
-    it was meant to be the password.
-    """
-    url = url.strip()
-    if any(character.isspace() or not character.isprintable() for character in url):
-        raise ValueError("it contains a blank or a control character")
-    scheme = _SCHEME.match(url)
-    if scheme is None or scheme[0].lower() not in schemes:
-        raise ValueError("its scheme is another one" if scheme else "it has no scheme")
-    if _BARE_PERCENT.search(url):
-        raise ValueError("a % in a user name or password has to be written as %25")
-    try:
-        parts = urlsplit(url)
-        # PostgreSQL takes several hosts separated by commas, which urlsplit can't take apart.
-        if "," not in parts.netloc:
-            _ = parts.port
-    except ValueError:
-        raise ValueError(
-            "its host or port can't be read; write / ? # @ : and [ in a user name or password "
-            "percent-encoded"
-        ) from None
-    if scheme[0].lower() == "unix" and not parts.path:
-        raise ValueError("it names no socket file")
-    return url
+    return SecretStr(connection_urls.database_url(value.get_secret_value()))
 
 
 class Settings(BaseSettings):
@@ -154,22 +123,40 @@ class Settings(BaseSettings):
         return init_settings, env_settings
 
     @classmethod
-    def load(cls, **overrides: Any) -> Self:
+    def load(cls, *, needs: Collection[str] | None = None, **overrides: Any) -> Self:
         """Read the environment.
 
         Args:
+            needs: the attributes whose faults count; ``None``: all of them.
             overrides: values that go before the environment, by attribute; ``None`` is none.
 
         Raises:
             SettingsError: with all faults, each naming the variable, its value and the way out.
         """
+        settings, faults = cls.examine(**overrides)
+        counted = [fault for name, fault in faults.items() if needs is None or name in needs]
+        if counted:
+            raise SettingsError(counted)
+        return settings
+
+    @classmethod
+    def examine(cls, **overrides: Any) -> tuple[Self, dict[str, str]]:
+        """Return settings with a stand-in for each faulty one, and the faults by attribute."""
         given = {name: value for name, value in overrides.items() if value is not None}
         try:
-            return cls(**given)
+            return cls(**given), {}
         except ValidationError as error:
-            faults = [_fault(detail) for detail in error.errors(include_url=False)]
-        # Outside of the handler: the driver's error carries the values, passwords included.
-        raise SettingsError(list(dict.fromkeys(faults)))
+            details = error.errors(include_url=False)
+        # Only the first fault of a variable: a union reports one for each of its branches.
+        faults = {str(detail["loc"][0]): _fault(detail) for detail in reversed(details)}
+        faults = {name: faults[name] for name in cls.model_fields if name in faults}
+        return cls(**(given | {name: _stand_in(name) for name in faults})), faults
+
+
+def _stand_in(name: str) -> object:
+    if name in Settings.secret_fields:
+        return {"redis_url": "redis://unset", "database_url": "postgresql://unset"}[name]
+    return Settings.model_fields[name].get_default(call_default_factory=True, validated_data={})
 
 
 def _fault(detail: ErrorDetails) -> str:
@@ -178,8 +165,6 @@ def _fault(detail: ErrorDetails) -> str:
     wanted = field.description if field is not None else None
     if detail["type"] == "missing":
         return f"{name.upper()} is not set: set it to {wanted}"
-    if detail["type"] == "extra_forbidden":
-        return f"{name.upper()} is not a setting"
     reason = ""
     if detail["type"] == "value_error":
         reason = detail["msg"].removeprefix("Value error, ") + "; "
@@ -189,7 +174,7 @@ def _fault(detail: ErrorDetails) -> str:
 def _shown(name: str, value: object) -> str:
     if name in Settings.secret_fields:
         text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-        scheme = _SCHEME.match(text.strip())
+        scheme = connection_urls.SCHEME.match(text.strip())
         return f"{scheme[0]}://***" if scheme else "***"
     text = ascii(value)
     return text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "..."

@@ -1,0 +1,261 @@
+"""The commands; the only place that reads argv, and that turns errors into exit codes."""
+# ruff: noqa: PLC0415 - what a command needs is imported by that command: --help has to be quick
+
+import asyncio
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from autoflow_worker import __version__
+from autoflow_worker.errors import WorkerError
+from autoflow_worker.logs import configure_logging, flush_logs
+from autoflow_worker.masking import mask_secrets
+
+if TYPE_CHECKING:
+    from autoflow_worker.settings import Settings
+    from autoflow_worker.task import TaskDefinition
+
+#: Exit code of a command that Ctrl-C ended before there was anything to stop.
+INTERRUPTED = 130
+#: Seconds that other people's exit hooks and threads have before the process ends all the same.
+EXIT_PATIENCE = 1.0
+
+_EPILOG = """
+Settings come from the environment: REDIS_URL, DATABASE_URL, NODE_ENV, BULLMQ_PREFIX, TASKS_CONFIG,
+WORKER_QUEUES, WORKER_CONCURRENCY, WORKER_SHUTDOWN_GRACE, WORKER_STARTUP_TIMEOUT,
+DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, LOG_LEVEL, LOG_FORMAT.
+
+Exit codes: 0 stopped cleanly, 1 a part died, 2 wrong settings or task list, 3 Redis or PostgreSQL
+unreachable or unfit at start, 4 the deadline passed and jobs were handed back.
+"""
+
+C = TypeVar("C", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+def _task_options(command: C) -> C:
+    tasks = click.option(
+        "--tasks",
+        metavar="MODULE:ATTRIBUTE",
+        help="The task list. [default: TASKS_CONFIG, else tasks_config:tasks]",
+    )
+    queues = click.option(
+        "--queues", metavar="A,B", help="Only these queues. [default: WORKER_QUEUES, else all]"
+    )
+    return tasks(queues(command))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.version_option(__version__, prog_name="autoflow-worker")
+def cli() -> None:
+    """Run BullMQ jobs with Python handlers, and record their status in PostgreSQL."""
+
+
+@cli.command()
+@_task_options
+@click.option("--until-stdin-closes", is_flag=True, hidden=True)
+def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> int:
+    """Run the worker, as in production.
+
+    Needs REDIS_URL, DATABASE_URL and a task list. Runs until SIGTERM or SIGINT, then lets running
+    jobs finish for WORKER_SHUTDOWN_GRACE seconds; a second signal hands them back at once.
+    """
+    from autoflow_worker.loader import load_tasks
+    from autoflow_worker.settings import Settings
+    from autoflow_worker.signals import hold_signals
+
+    hold_signals()
+    if until_stdin_closes:
+        from autoflow_worker.dev import stop_when_stdin_closes
+
+        stop_when_stdin_closes()
+    settings = Settings.load(tasks_config=tasks, worker_queues=queues)
+    configure_logging(settings.log_level, settings.log_format)
+    return _run_worker(settings, load_tasks(settings.tasks_config, settings.worker_queues))
+
+
+def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") -> int:
+    from autoflow_worker.service import WorkerService
+    from autoflow_worker.signals import stop_on_signals
+
+    async def run() -> int:
+        with stop_on_signals() as (stop, abort):
+            return await WorkerService(settings, tasks).run(stop, abort)
+
+    return run_async(run())
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on uvloop where there is one, and leave what it left behind.
+
+    A handler that swallows its cancellation would keep ``asyncio.run`` from ever returning.
+    """
+    runner = asyncio.Runner(loop_factory=_loop_factory())
+    result = runner.run(main)
+    if not asyncio.all_tasks(runner.get_loop()):
+        runner.close()
+    return result
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+@cli.command()
+@_task_options
+def dev(tasks: str | None, queues: str | None) -> int:
+    """Run the worker with hot reload, and embedded servers.
+
+    Restarts when a Python file below the working directory changes. A server whose URL is not set
+    is started from its wheel, and is gone afterwards.
+    """
+    from autoflow_worker.dev import run_dev
+
+    return run_dev(tasks=tasks, queues=queues)
+
+
+@cli.command()
+def demo() -> int:
+    """Run some hundred jobs of every kind, and check what became of them.
+
+    Starts servers of its own, and leaves nothing behind.
+    """
+    from autoflow_worker.demo import run_demo
+
+    return run_demo()
+
+
+@cli.command()
+@_task_options
+def check(tasks: str | None, queues: str | None) -> int:
+    """Check everything that a start would refuse, without starting.
+
+    The exit code is that of the first failure.
+    """
+    from autoflow_worker.check import run_checks
+
+    configure_logging("error")
+    return run_checks(tasks_config=tasks, worker_queues=queues)
+
+
+@cli.command()
+@click.argument("queue")
+@click.argument("payload", metavar="JSON")
+@click.option("--tasks", metavar="MODULE:ATTRIBUTE", help="The task list, as for start.")
+@click.option("--delay-ms", type=click.IntRange(min=0), help="Run it that much later.")
+@click.option("--user-id", help="Whose task it is.")
+@click.option("--correlation-id", help="Passed on to the handler. [default: generated]")
+def schedule(  # noqa: PLR0917 - click passes them by name
+    queue: str,
+    payload: str,
+    tasks: str | None,
+    delay_ms: int | None,
+    user_id: str | None,
+    correlation_id: str | None,
+) -> int:
+    """Add one job to QUEUE, with the JSON object as its payload, and print the task's id.
+
+    A dash in place of the JSON reads it from stdin.
+    """
+    from autoflow_worker.loader import load_tasks
+    from autoflow_worker.scheduler import TaskScheduler
+    from autoflow_worker.settings import Settings
+
+    settings = Settings.load(tasks_config=tasks)
+    [task] = load_tasks(settings.tasks_config, [queue])
+    data = _json_object(sys.stdin.read() if payload == "-" else payload)
+    configure_logging("error")
+
+    async def run() -> str:
+        async with TaskScheduler(
+            redis_url=settings.redis_url.get_secret_value(),
+            database_url=settings.database_url.get_secret_value(),
+            prefix=settings.bullmq_prefix,
+        ) as scheduler:
+            return await scheduler.schedule(
+                task, data, delay_ms=delay_ms, user_id=user_id, correlation_id=correlation_id
+            )
+
+    click.echo(run_async(run()))
+    return 0
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"not JSON: {error}", param_hint="JSON") from None
+    if not isinstance(value, dict):
+        raise click.BadParameter("must be a JSON object", param_hint="JSON")
+    return value
+
+
+@cli.command("init-db")
+def init_db() -> int:
+    """Create the tasks table and its indexes in DATABASE_URL where they are missing.
+
+    In production the API's migrations do this. What is there is not changed.
+    """
+    from autoflow_worker import database
+    from autoflow_worker.settings import Settings
+
+    settings = Settings.load(needs={"database_url"})
+    run_async(database.init_db(settings.database_url.get_secret_value()))
+    click.echo("the tasks table is there")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and end the process with its exit code."""
+    _leave(_exit_code(argv))
+
+
+def _exit_code(argv: Sequence[str] | None) -> int:
+    try:
+        code = cli.main(args=argv, prog_name="autoflow-worker", standalone_mode=False)
+    except WorkerError as error:
+        _tell(mask_secrets(str(error)))
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except Exception:
+        _tell(mask_secrets(traceback.format_exc()))
+        return WorkerError.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _tell(message: str) -> None:
+    flush_logs()
+    with suppress(OSError, ValueError):
+        click.echo(f"autoflow-worker: {message}", err=True)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process, whatever threads and exit hooks would hold it."""
+    flush_logs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    # A handler that can't be interrupted still runs: it would meet an interpreter that is half
+    # taken down.
+    if any(thread.name.startswith("handler of ") for thread in threading.enumerate()):
+        os._exit(code)
+    last_resort = threading.Timer(EXIT_PATIENCE, os._exit, [code])
+    last_resort.daemon = True
+    last_resort.start()
+    sys.exit(code)

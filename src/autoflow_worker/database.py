@@ -1,0 +1,141 @@
+"""The tasks table as a whole: making it where it is missing, and judging it before a start.
+
+Apart from ``recorder``, which writes its rows, the only module that talks to PostgreSQL: these are
+single statements on connections of their own, before or instead of a running worker.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from importlib.resources import files
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from autoflow_worker.errors import DatabaseUnavailableError, DatabaseUnfitError
+from autoflow_worker.masking import mask_secrets
+
+#: Seconds that one attempt to connect may take.
+CONNECT_TIMEOUT = 5.0
+#: json_to_recordset with a MATERIALIZED query around it, as the recorder writes it.
+MIN_SERVER_VERSION = 120_000
+
+#: The columns that the API creates (contract, section 2), and what else does as well.
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "id": ("text", "character varying"),
+    "data": ("jsonb",),
+    "created_at": ("timestamp without time zone",),
+    "updated_at": ("timestamp without time zone",),
+}
+_WAY_OUT = "run the API's migrations, or `autoflow-worker init-db`"
+
+_DESCRIBE = """
+SELECT current_setting('server_version'), current_setting('server_version_num')::int,
+       pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool,
+       c.oid::regclass::text, c.relkind,
+       array_remove(ARRAY[
+         CASE WHEN NOT has_table_privilege(c.oid, 'SELECT') THEN 'SELECT' END,
+         CASE WHEN NOT has_table_privilege(c.oid, 'INSERT') THEN 'INSERT' END,
+         CASE WHEN NOT has_table_privilege(c.oid, 'UPDATE') THEN 'UPDATE' END], NULL),
+       EXISTS (
+         SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'id'
+         WHERE i.indrelid = c.oid AND i.indisunique AND i.indpred IS NULL
+           AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum)
+FROM (VALUES (to_regclass('tasks'))) AS t(oid) LEFT JOIN pg_class c ON c.oid = t.oid
+"""
+_COLUMN_TYPES = """
+SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
+WHERE attrelid = to_regclass('tasks') AND attnum > 0 AND NOT attisdropped
+"""
+
+
+async def init_db(url: str, *, patience: float = CONNECT_TIMEOUT) -> None:
+    """Create the tasks table and its indexes where they are missing; change nothing that is there.
+
+    Raises:
+        DatabaseUnavailableError: PostgreSQL can't be reached.
+        DatabaseUnfitError: it refuses to create them.
+    """
+    statements = files("autoflow_worker").joinpath("schema.sql").read_text(encoding="utf-8")
+    async with _connection(url, patience) as connection:
+        # IF NOT EXISTS does not keep two of these from colliding.
+        await connection.execute(
+            "SELECT pg_advisory_xact_lock(hashtext('autoflow-worker init-db'))"
+        )
+        await connection.execute(statements.encode())
+
+
+async def inspect_tasks_table(url: str, *, patience: float = CONNECT_TIMEOUT) -> str:
+    """Check that a worker can keep its statuses there, and return the server's version.
+
+    Args:
+        url: libpq's connection URL.
+        patience: seconds to wait for the connection, and once more for the answers.
+
+    Raises:
+        DatabaseUnavailableError: PostgreSQL can't be reached.
+        DatabaseUnfitError: it is too old or read-only, or the table is missing, of another shape,
+            or not for this user to write; the message names all of it.
+    """
+    async with _connection(url, patience) as connection:
+        try:
+            async with asyncio.timeout(patience):
+                described = await (await connection.execute(_DESCRIBE)).fetchone()
+                types = dict(await (await connection.execute(_COLUMN_TYPES)).fetchall())
+        except TimeoutError:
+            raise DatabaseUnavailableError(f"PostgreSQL gave no answer in {patience:g} s") from None
+    if described is None:
+        raise DatabaseUnfitError("PostgreSQL did not describe itself")
+    version, faults = _faults(described, types)
+    if faults:
+        raise DatabaseUnfitError("; ".join(faults))
+    return version
+
+
+def _faults(described: TupleRow, types: Mapping[str, str]) -> tuple[str, list[str]]:
+    version, number, read_only, table, kind, missing_privileges, id_is_unique = described
+    faults = []
+    if number < MIN_SERVER_VERSION:
+        faults.append(f"PostgreSQL {version} is too old: {MIN_SERVER_VERSION // 10_000} is needed")
+    if read_only:
+        faults.append("PostgreSQL is read-only (a standby?): DATABASE_URL must name the primary")
+    if table is None:
+        faults.append(f"there is no table 'tasks': {_WAY_OUT}")
+        return version, faults
+    if kind not in {"r", "p"}:
+        faults.append(f"{table} is not a table")
+    for name, wanted in COLUMNS.items():
+        if name not in types:
+            faults.append(f"{table} has no column {name}")
+        elif types[name] not in wanted:
+            faults.append(f"{table}.{name} is of type {types[name]} and has to be {wanted[0]}")
+    if "id" in types and not id_is_unique:
+        faults.append(f"{table}.id has to be the primary key")
+    if missing_privileges:
+        faults.append(f"the user lacks {', '.join(missing_privileges)} on {table}")
+    return version, faults
+
+
+@asynccontextmanager
+async def _connection(
+    url: str, patience: float
+) -> AsyncIterator[psycopg.AsyncConnection[TupleRow]]:
+    try:
+        connection = await psycopg.AsyncConnection.connect(
+            url, connect_timeout=max(2, round(patience)), application_name="autoflow-worker"
+        )
+    except psycopg.Error as error:
+        raise DatabaseUnavailableError(f"PostgreSQL can't be reached: {_reason(error)}") from None
+    try:
+        async with connection:
+            yield connection
+    except psycopg.OperationalError as error:
+        raise DatabaseUnavailableError(f"PostgreSQL went away: {_reason(error)}") from None
+    except psycopg.Error as error:
+        raise DatabaseUnfitError(f"PostgreSQL refused: {_reason(error)}") from None
+
+
+def _reason(error: psycopg.Error) -> str:
+    # libpq repeats itself for each address that a name has.
+    lines = dict.fromkeys(line.strip() for line in str(error).splitlines() if line.strip())
+    return mask_secrets(" ".join(lines)) or type(error).__name__
