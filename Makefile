@@ -30,7 +30,7 @@ $(NODE_INSTALLED): $(NODE_DIR)/package.json $(NODE_DIR)/package-lock.json $(NODE
 	$(NODE_DIR)/install $(BIN)/python
 	@touch $@
 
-setup: $(INSTALLED) ## create .venv with everything
+setup: $(INSTALLED) $(NODE_INSTALLED) ## create .venv with everything
 
 demo: $(INSTALLED) ## run some hundred jobs of every kind on embedded servers, and check them
 	$(BIN)/autoflow-worker demo

@@ -1,0 +1,247 @@
+"""A Node process with the real BullMQ: it adds jobs as the API does and sees what the API sees."""
+
+import asyncio
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from tests.support.database import new_task_id
+from tests.support.until import until
+
+FOLDER = Path(__file__).parents[1] / "node"
+NODE = FOLDER / "node_modules" / ".node"
+EVENTS = (
+    "added",
+    "active",
+    "completed",
+    "failed",
+    "delayed",
+    "stalled",
+    "progress",
+    "waiting-children",
+)
+# A line of JSON holds a whole reply.
+LINE_LIMIT = 64 * 1024 * 1024
+
+Json = dict[str, Any]
+
+
+class NodeError(Exception):
+    """BullMQ in Node raised; the message is its stack."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a QueueEvents listener heard.
+
+    Attributes:
+        queue: the queue's name.
+        name: "completed", "failed", ...
+        args: `jobId`, and what the event carries, such as `returnvalue` or `failedReason`.
+    """
+
+    queue: str
+    name: str
+    args: Json
+
+
+@dataclass
+class Scheduled:
+    """One job as the API schedules it.
+
+    Attributes:
+        payload: without `correlationId`.
+        delay: in ms; None leaves it out.
+        backoff: in ms, exponential.
+        opts: more BullMQ options, or others in place of the API's.
+    """
+
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    task_id: str = field(default_factory=new_task_id)
+    correlation_id: str = "a-correlation"
+    priority: Literal["critical", "high", "normal", "low"] = "normal"
+    attempts: int = 3
+    delay: int | None = None
+    backoff: int = 5000
+    opts: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_command(self) -> Json:
+        """What node.mjs takes."""
+        return {
+            "payload": dict(self.payload),
+            "taskId": self.task_id,
+            "correlationId": self.correlation_id,
+            "priority": self.priority,
+            "attempts": self.attempts,
+            "delay": self.delay,
+            "backoff": self.backoff,
+            "opts": dict(self.opts),
+        }
+
+
+class Node:
+    """A Node process with one version of BullMQ; an async context manager.
+
+    Args:
+        version: 5 (5.65, the API's today) or 6 (6.7).
+        redis_url: where the queues are.
+        prefix: the queues' key prefix.
+
+    Attributes:
+        events: what `listen()` has heard so far.
+    """
+
+    def __init__(self, version: Literal[5, 6], redis_url: str, prefix: str) -> None:
+        self._command = (str(NODE), str(FOLDER / "node.mjs"), str(version), redis_url, prefix)
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self.events: list[Event] = []
+
+    async def __aenter__(self) -> Self:
+        assert NODE.exists(), "Node's packages are missing: run `make setup`"
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=LINE_LIMIT,
+        )
+        self._reader = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin is not None
+        # It closes its connections and ends when its stdin does.
+        self._process.stdin.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), 5)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        await self._reader
+
+    async def schedule(
+        self, queue: str, payload: Mapping[str, Any] | None = None, **options: Any
+    ) -> str:
+        """Add a job as the API does (contract, section 1) and return its id.
+
+        Args:
+            queue: its name, and the job's.
+            payload: without `correlationId`.
+            options: the other attributes of `Scheduled`.
+        """
+        ids = await self.schedule_all(queue, [Scheduled(payload or {}, **options)])
+        return ids[0]
+
+    async def schedule_all(self, queue: str, jobs: Sequence[Scheduled]) -> list[str]:
+        """Add many jobs as the API does, in one transaction per thousand; return their ids."""
+        ids: list[str] = []
+        for start in range(0, len(jobs), 1000):
+            chunk = [job.as_command() for job in jobs[start : start + 1000]]
+            ids += await self._call("schedule", queue=queue, jobs=chunk)
+        return ids
+
+    async def add(self, queue: str, data: object, *, name: str | None = None, **opts: Any) -> str:
+        """`queue.add(name, data, opts)` as any other producer would, with BullMQ's own options."""
+        result: str = await self._call("add", queue=queue, name=name or queue, data=data, opts=opts)
+        return result
+
+    async def flow(self, flow: Json) -> Json:
+        """`FlowProducer.add(flow)`."""
+        result: Json = await self._call("flow", flow=flow)
+        return result
+
+    async def queue(self, queue: str, method: str, *args: Any) -> Any:
+        """Any method of Node's `Queue`: getWorkers, upsertJobScheduler, obliterate, ..."""
+        return await self._call("queue", queue=queue, method=method, args=args)
+
+    async def job(self, queue: str, job_id: str, method: str, *args: Any) -> Any:
+        """Any method of Node's `Job`: getState, retry, promote, remove, ..."""
+        return await self._call("job", queue=queue, jobId=job_id, method=method, args=args)
+
+    async def get_job(self, queue: str, job_id: str) -> Json | None:
+        """`queue.getJob(id)` as JSON: returnvalue, failedReason, attemptsMade, ...; or None."""
+        result: Json | None = await self.queue(queue, "getJob", job_id)
+        return result
+
+    async def get_state(self, queue: str, job_id: str) -> str:
+        """`queue.getJobState(id)`: completed, failed, delayed, active, waiting, ... or unknown."""
+        result: str = await self.queue(queue, "getJobState", job_id)
+        return result
+
+    async def get_counts(self, queue: str) -> dict[str, int]:
+        """`queue.getJobCounts()`: how many jobs there are of each state."""
+        result: dict[str, int] = await self.queue(queue, "getJobCounts")
+        return result
+
+    async def get_workers(self, queue: str) -> list[Json]:
+        """`queue.getWorkers()`: the workers that Node, and so a dashboard, sees."""
+        result: list[Json] = await self.queue(queue, "getWorkers")
+        return result
+
+    async def pause(self, queue: str) -> None:
+        """`queue.pause()`."""
+        await self.queue(queue, "pause")
+
+    async def resume(self, queue: str) -> None:
+        """`queue.resume()`."""
+        await self.queue(queue, "resume")
+
+    async def listen(self, queue: str, *events: str) -> None:
+        """Collect a queue's events, its past ones too, with Node's `QueueEvents`."""
+        await self._call("listen", queue=queue, events=events or EVENTS)
+
+    def heard(self, name: str, job_id: str | None = None) -> list[Event]:
+        """The events of one kind so far, of one job or of all."""
+        return [
+            event
+            for event in self.events
+            if event.name == name and job_id in (None, event.args.get("jobId"))
+        ]
+
+    async def until_heard(
+        self, name: str, job_id: str | None = None, timeout: float = 15.0
+    ) -> Event:
+        """Wait for an event and return the first of its kind."""
+
+        def missing() -> str:
+            return f"event {name} of {job_id or 'any job'} among {self.events[-20:]}"
+
+        heard: Callable[[], list[Event]] = lambda: self.heard(name, job_id)  # noqa: E731
+        found: list[Event] = await until(heard, timeout, message=missing)
+        return found[0]
+
+    async def _call(self, command: str, **args: Any) -> Any:
+        number = next(self._ids)
+        reply = self._waiting[number] = asyncio.get_running_loop().create_future()
+        assert self._process.stdin is not None
+        self._process.stdin.write(
+            json.dumps({"id": number, "do": command, **args}).encode() + b"\n"
+        )
+        await self._process.stdin.drain()
+        return await reply
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            message = json.loads(line)
+            if "event" in message:
+                self.events.append(Event(message["queue"], message["event"], message["args"]))
+                continue
+            reply = self._waiting.pop(message["id"])
+            if reply.done():
+                continue
+            if "error" in message:
+                reply.set_exception(NodeError(message["error"]))
+            else:
+                reply.set_result(message["result"])
+        for reply in self._waiting.values():
+            reply.cancel("the Node process ended")
