@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import structlog
 
@@ -60,8 +60,10 @@ async def execute(task: TaskDefinition[Any], payload: Any, context: TaskContext)
     loop = asyncio.get_running_loop()
     started = time.perf_counter()
     handler: asyncio.Future[Any]
+    error: BaseException | None
     if task.is_async:
-        handler = loop.create_task(_contain(task.handler(payload, context)))
+        call = cast(Coroutine[Any, Any, Any], task.handler(payload, context))
+        handler = loop.create_task(_contain(call))
     else:
         handler = _in_thread(lambda: task.handler(payload, context), context.queue_name)
     try:

@@ -44,9 +44,7 @@ class JobHistory:
         """
         self._started_at = patch["startedAt"]
         since = None if force else self._started_at
-        write = Write(
-            self._row_id, self._queue, patch, text, since=since, new_row=self._new_row
-        )
+        write = Write(self._row_id, self._queue, patch, text, since=since, new_row=self._new_row)
         verdict = await self._recorder.submit(write).ready
         if verdict is Verdict.LATE:
             self._late = write

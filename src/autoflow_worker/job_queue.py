@@ -18,7 +18,6 @@ from typing import Any, Final
 from bullmq import Job, Worker
 from bullmq.error_code import ErrorCode
 from bullmq.scripts import raw2NextJobData
-from redis.commands.core import AsyncScript
 from redis.exceptions import ResponseError
 
 from autoflow_worker.redis_client import REPLY_PATIENCE, Channel, PipelinedRedis
@@ -69,7 +68,8 @@ return 1
 """
 
 _PUT_MARKER: Final = """
-if redis.call('LLEN', KEYS[2]) + redis.call('ZCARD', KEYS[3]) + redis.call('ZCARD', KEYS[4]) > 0 then
+local left = redis.call('LLEN', KEYS[2]) + redis.call('ZCARD', KEYS[3])
+if left + redis.call('ZCARD', KEYS[4]) > 0 then
   redis.call('ZADD', KEYS[1], 0, '0')
 end
 """
@@ -241,7 +241,8 @@ class JobQueue:
     async def held(self, token_prefix: str) -> list[Claim]:
         """The active jobs whose lock was taken with such a token, whatever became of the reply."""
         asked_at = self._now()
-        found = await self._held(keys=[self._worker.keys["active"]], args=[token_prefix, self._base])
+        active = self._worker.keys["active"]
+        found = await self._held(keys=[active], args=[token_prefix, self._base])
         return [
             self._claim(dict(zip(fields[::2], fields[1::2], strict=True)), job_id, lock, asked_at)
             for job_id, lock, fields in found
@@ -387,9 +388,14 @@ class JobQueue:
         return await self._acknowledge("moveToDelayed", keys, args, claim)
 
     async def retry(
-        self, claim: Claim, reason: str, stack_trace: str | None, *, fetch_next: bool
+        self,
+        claim: Claim,
+        reason: str,
+        stack_trace: str | None,
+        *,
+        fetch_next: bool,  # noqa: ARG002 - BullMQ's script for this fetches nothing
     ) -> Reply:
-        """Put the job back to be run again at once: it failed. BullMQ fetches nothing here."""
+        """Put the job back to be run again at once: it failed."""
         options = {"fieldsToUpdate": _failure_fields(claim.job, reason, stack_trace)}
         keys, args = self._worker.scripts.retryJobArgs(
             claim.id, bool(claim.job.opts.get("lifo")), claim.token, options

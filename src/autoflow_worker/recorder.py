@@ -199,7 +199,9 @@ class Write:
 class Recorder(Protocol):
     """What a TaskWorker needs of whoever keeps the statuses."""
 
-    def submit(self, write: Write) -> Write: ...
+    def submit(self, write: Write) -> Write:
+        """Put a write on its way; the caller awaits its `ready` or `settled`."""
+        ...
 
 
 class StatusRecorder:
@@ -211,8 +213,8 @@ class StatusRecorder:
     """
 
     def __init__(self, url: str, *, max_connections: int = 1) -> None:
-        options = conninfo_to_dict(url)
-        self._conninfo = make_conninfo(**(_CONNECTION_DEFAULTS | options))
+        options: dict[str, Any] = {**_CONNECTION_DEFAULTS, **conninfo_to_dict(url)}
+        self._conninfo = make_conninfo("", **options)
         self._lanes = [_Lane(self, index) for index in range(max_connections)]
         self._waiting: deque[Write] = deque()
         self._postponed: set[Write] = set()
@@ -282,18 +284,19 @@ class StatusRecorder:
         return write
 
     def take(self, at_least: int) -> list[Write]:
-        """The next batch: no row twice in it, since one statement would write it only once.
+        """The next batch: no row twice in it, or in two batches at once, so that order is kept.
 
         Args:
             at_least: writes that have to wait for it to be worth a batch.
         """
-        batch: dict[str, Write] = {}
         if len(self._waiting) < at_least:
             return []
+        busy = {write.row_id for lane in self._lanes for write in lane.batch}
+        batch: dict[str, Write] = {}
         postponed: list[Write] = []
         while self._waiting and len(batch) < MAX_BATCH:
             write = self._waiting.popleft()
-            if write.row_id in batch or (write.alone and batch):
+            if write.row_id in batch or write.row_id in busy or (write.alone and batch):
                 postponed.append(write)
             else:
                 batch[write.row_id] = write
@@ -341,7 +344,7 @@ class StatusRecorder:
         connection = await psycopg.AsyncConnection.connect(
             self._conninfo, autocommit=True, prepare_threshold=0
         )
-        await connection.execute(_SESSION)
+        await connection.execute(_SESSION, prepare=False)
         return connection
 
     def note_outage(self, error: Exception) -> None:

@@ -243,7 +243,8 @@ class Channel:
             except (RedisError, OSError):
                 pause = min(max(pause * 2, RETRY_PAUSE), RETRY_PAUSE_MAX)
             else:
-                self._log("redis_connection_restored", after_s=round(self._loop.time() - lost_at, 1))
+                away = round(self._loop.time() - lost_at, 1)
+                self._log("redis_connection_restored", after_s=away)
                 return
 
     def _note_end(self, connector: asyncio.Task[None]) -> None:
@@ -252,7 +253,7 @@ class Channel:
 
     async def _connect(self) -> None:
         """Let redis-py connect and authenticate, then take the socket over from it."""
-        connection = self._pool.make_connection()
+        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         connection.client_name = self._client_name
         try:
             await connection.connect()
@@ -363,7 +364,7 @@ class PipelinedRedis(Redis):
         await asyncio.gather(*(channel.close() for channel in self._channels))
         await super().aclose(close_connection_pool)
 
-    def register_script(self, script: Any) -> AsyncScript:
+    def register_script(self, script: Any) -> AsyncScript:  # type: ignore[override]  # as Redis
         """As redis-py's, but a script is held once however many queues register it."""
         registered = self._scripts.get(script)
         if registered is None:
@@ -375,7 +376,7 @@ class PipelinedRedis(Redis):
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         if args[0] in BLOCKING_COMMANDS:
-            return await super().execute_command(*args, **options)
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         reply = await self._shared.execute(args)
         options.pop("keys", None)
         callback: Callable[..., Any] | None = self.response_callbacks.get(args[0])
@@ -383,14 +384,14 @@ class PipelinedRedis(Redis):
 
 
 def _reply_error(text: str) -> Exception:
-    """The exception for an error reply; what another connection or another time could mend apart."""
+    """The exception for an error reply; what another connection or time could mend is told apart."""
     match = _ERROR_CODE.match(text)
     code = match.group(1) if match else ""
     if code in _WRONG_SERVER:
         return WrongServerError(text)
     if code in _UNABLE_SERVER:
         return ServerNotReadyError(text)
-    return cast(Exception, BaseParser.parse_error(text))
+    return cast(Exception, BaseParser.parse_error(text))  # type: ignore[no-untyped-call]
 
 
 def _pack(args: tuple[Any, ...]) -> bytes:
@@ -398,8 +399,7 @@ def _pack(args: tuple[Any, ...]) -> bytes:
     if " " in args[0]:  # "SCRIPT LOAD" and the like, as redis-py names them
         args = (*args[0].split(), *args[1:])
     try:
-        return hiredis.pack_command(args)
+        return bytes(hiredis.pack_command(args))
     except UnicodeEncodeError:
-        return hiredis.pack_command(
-            tuple(a.encode(errors="surrogateescape") if isinstance(a, str) else a for a in args)
-        )
+        encoded = (a.encode(errors="surrogateescape") if isinstance(a, str) else a for a in args)
+        return bytes(hiredis.pack_command(tuple(encoded)))

@@ -56,7 +56,7 @@ async def backoff_ms(
         if kind == "exponential":
             delay = math.floor(_scaled(delay, attempts_made - 1) + 0.5)
         if jitter > 0:
-            delay = math.floor(random.random() * delay * jitter + delay * (1 - jitter))
+            delay = math.floor(random.uniform(1 - jitter, 1) * delay)  # noqa: S311 - not a secret
         return _bounded(delay)
     if strategy is None:
         raise NoBackoffError(f"the backoff type {kind!r} is unknown")

@@ -6,7 +6,9 @@ from typing import Any, Final
 
 import structlog
 
+from autoflow_worker.database import inspect_tasks_table
 from autoflow_worker.errors import PartDiedError, WorkerError
+from autoflow_worker.fitness import assess_redis
 from autoflow_worker.job_queue import JobQueue
 from autoflow_worker.recorder import StatusRecorder
 from autoflow_worker.redis_client import PipelinedRedis
@@ -20,7 +22,7 @@ EXIT_CLEAN: Final = 0
 EXIT_HANDED_BACK: Final = 4
 
 CLOSE_TIMEOUT: Final = 1.0
-"""Seconds past the deadline for handing jobs back and, after that, for the recorder's last batch."""
+"""Seconds past the deadline for handing jobs back, and then for the recorder's last batch."""
 
 
 class WorkerService:
@@ -59,12 +61,14 @@ class WorkerService:
     async def _open(self) -> None:
         """Connect to everything; all or none."""
         settings, timeout = self._settings, self._settings.worker_startup_timeout
-        self._recorder = StatusRecorder(
-            settings.database_url.get_secret_value(), max_connections=settings.database_pool_max
-        )
-        self._redis = PipelinedRedis(settings.redis_url.get_secret_value())
+        database_url = settings.database_url.get_secret_value()
+        self._recorder = StatusRecorder(database_url, max_connections=settings.database_pool_max)
         await self._recorder.open(timeout)
+        await inspect_tasks_table(database_url)
+        self._redis = PipelinedRedis(settings.redis_url.get_secret_value())
         await self._redis.open(timeout)
+        for warning in assess_redis(await self._redis.info()).warnings:
+            log.warning("redis_unfit", reason=warning)
         for task in self._tasks:
             queue = JobQueue(
                 task.queue_name, self._redis, settings.bullmq_prefix, task.worker_options
@@ -91,12 +95,13 @@ class WorkerService:
         Raises:
             PartDiedError: a part ended unasked.
         """
-        assert self._redis is not None and self._recorder is not None, "opened before"
-        stopping = asyncio.ensure_future(stop.wait())
-        parts: list[asyncio.Future[None]] = [*self._recorder.deaths(), *self._redis.deaths()]
+        assert self._redis is not None
+        assert self._recorder is not None
+        stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
+        parts: list[asyncio.Future[Any]] = [*self._recorder.deaths(), *self._redis.deaths()]
         parts += [part for worker in self._workers for part in worker.deaths()]
         try:
-            await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([stopping, *parts], return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopping.cancel()
         for part in parts:
@@ -112,17 +117,18 @@ class WorkerService:
         log.info("worker_stopping", grace_s=self._settings.worker_shutdown_grace)
         for worker in self._workers:
             worker.stop()
-        aborted = asyncio.ensure_future(abort.wait())
-        drained = asyncio.gather(*(worker.drained() for worker in self._workers))
+        aborted: asyncio.Future[Any] = asyncio.ensure_future(abort.wait())
+        drained: asyncio.Future[Any] = asyncio.gather(*(w.drained() for w in self._workers))
         await asyncio.wait(
-            {aborted, drained},
+            [aborted, drained],
             timeout=self._settings.worker_shutdown_grace,
             return_when=asyncio.FIRST_COMPLETED,
         )
         aborted.cancel()
         if not drained.done():
-            log.warning("deadline_passed", aborted=abort.is_set())
+            log.warning("drain_cut_short", aborted=abort.is_set())
             drained.cancel()
+            await asyncio.wait([drained])
         return await self._close_workers()
 
     async def _close_workers(self) -> int:
@@ -140,11 +146,11 @@ class WorkerService:
         log.info("worker_stopped")
 
 
-def _name_of(part: asyncio.Future[None]) -> str:
+def _name_of(part: asyncio.Future[Any]) -> str:
     return part.get_name() if isinstance(part, asyncio.Task) else "the connection to Redis"
 
 
-def _reason_of(part: asyncio.Future[None]) -> str:
+def _reason_of(part: asyncio.Future[Any]) -> str:
     if part.cancelled():
         return "it was cancelled"
     error = part.exception()

@@ -287,9 +287,7 @@ class TaskWorker:
         try:
             following = self._take(await self._process(claim, history, owner))
         except LockLostError as error:
-            log.warning(
-                "job_lost", queue=self._queue.name, task_id=claim.id, reason=str(error)
-            )
+            log.warning("job_lost", queue=self._queue.name, task_id=claim.id, reason=str(error))
         except WorkerError:
             raise
         except Exception as error:
@@ -304,7 +302,15 @@ class TaskWorker:
         row_id = record.row_id(queue, claim.id)
         new_row = None
         if self._record_unknown_jobs:
-            new_row = partial(record.unknown_job_row, queue, claim.job)
+            job = claim.job
+            new_row = partial(
+                record.unknown_job_row,
+                queue=queue,
+                data=job.data,
+                opts=job.opts,
+                timestamp_ms=job.timestamp,
+                now_ms=_now_ms(),
+            )
         return JobHistory(self._recorder, row_id, queue, new_row)
 
     async def _process(self, claim: Claim, history: JobHistory, owner: str) -> Reply:
@@ -382,7 +388,7 @@ class TaskWorker:
             patch = record.failed_patch(now_ms=now_ms, attempt=claim.attempt, error=failure)
         elif delay_ms > 0:
             patch = record.delayed_patch(
-                until_ms=now_ms + delay_ms, attempt=claim.attempt, error=failure
+                now_ms=now_ms, until_ms=now_ms + delay_ms, attempt=claim.attempt, error=failure
             )
         else:
             patch = record.pending_patch(attempt=claim.attempt, error=failure)
@@ -445,9 +451,7 @@ class TaskWorker:
         await history.finish(patch, record.encode(patch))
         return Reply()
 
-    async def _finish(
-        self, claim: Claim, history: JobHistory, patch: dict[str, Any]
-    ) -> Verdict:
+    async def _finish(self, claim: Claim, history: JobHistory, patch: dict[str, Any]) -> Verdict:
         text = record.encode(patch)
         verdict = await history.finish(patch, text)
         if verdict is Verdict.CONTESTED:
@@ -504,9 +508,11 @@ class TaskWorker:
         Raises:
             LockLostError: another worker has it; nothing may be recorded for this attempt.
         """
-        if ask or asyncio.get_running_loop().time() >= claim.locked_until:
-            if await self._insist(lambda: self._queue.holds(claim)) is Hold.LOST:
-                raise LockLostError("its lock expired, and another worker took the job over")
+        surely_ours = asyncio.get_running_loop().time() < claim.locked_until
+        if surely_ours and not ask:
+            return
+        if await self._insist(lambda: self._queue.holds(claim)) is Hold.LOST:
+            raise LockLostError("its lock expired, and another worker took the job over")
 
     async def _keep_locks(self) -> None:
         lock = self._queue.lock_ms / 1000
