@@ -175,6 +175,6 @@ def _keep(data: Path, template: Path) -> None:
         with tempfile.TemporaryDirectory(dir=template.parent) as work:
             copy = Path(work, "data")
             shutil.copytree(data, copy)
-            # A damaged one makes way. Whole or not at all: if another process is quicker, this fails.
+            # A damaged one makes way. If another process is quicker, this fails and theirs stays.
             shutil.rmtree(template, ignore_errors=True)
             copy.rename(template)
