@@ -1,0 +1,29 @@
+# Any Linux image with Python 3.11 or later: a mirror's copy, or one of your own.
+ARG BASE_IMAGE=python:3.13-slim
+# Where it is built: the same Python at the same path, and pip, for a base that has none.
+ARG BUILD_IMAGE=${BASE_IMAGE}
+
+FROM ${BUILD_IMAGE} AS build
+# Without pip, which installs from outside and stays in this stage.
+RUN python3 -m venv --without-pip /opt/venv
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY src src
+RUN python3 -m pip --python /opt/venv/bin/python install --no-cache-dir .
+
+FROM ${BASE_IMAGE}
+# By number, because Kubernetes' runAsNonRoot can't tell what a name stands for.
+RUN useradd --uid 10001 --no-create-home --home-dir /app --shell /usr/sbin/nologin worker
+COPY --from=build /opt/venv /opt/venv
+# PIP_PYTHON: the base's pip, where it has one, installs a derived image's libraries beside the worker.
+ENV PATH=/opt/venv/bin:$PATH \
+    PIP_PYTHON=/opt/venv/bin/python \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    NODE_ENV=production
+# The task list goes here: tasks_config.py by a mount, or in an image FROM this one.
+WORKDIR /app
+USER 10001:10001
+STOPSIGNAL SIGTERM
+# No shell in between: the worker is process 1, and gets the signals itself.
+CMD ["autoflow-worker", "start"]
