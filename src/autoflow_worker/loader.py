@@ -58,9 +58,11 @@ def _import(target: str, module_name: str) -> Any:
 
 
 def _import_fault(target: str, error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return f"task list {target!r}: importing it raised {text}{_place(error)}"
+    # A SyntaxError's own text holds the place too, without the folder.
+    text = str(error.msg if isinstance(error, SyntaxError) else error)
+    lines = text.strip().splitlines()
+    what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"task list {target!r}: importing it raised {what}{_place(error)}"
 
 
 def _place(error: BaseException) -> str:

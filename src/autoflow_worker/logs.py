@@ -116,8 +116,10 @@ class _Renderer:
 
 def _json(event: EventDict) -> str:
     line = orjson.dumps(event, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
-    # Value by value: in the line as a whole, what looks like a password could span two of them.
-    return orjson.dumps(_masked(orjson.loads(line))).decode() if "://" in line else line
+    if mask_secrets(line) == line:
+        return line
+    # Value by value: in the line as a whole, what looks like a password can span two of them.
+    return orjson.dumps(_masked(orjson.loads(line))).decode()
 
 
 def _masked(value: Any) -> Any:

@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from autoflow_worker import connection_urls
 from autoflow_worker.errors import SettingsError
+from autoflow_worker.masking import mask_secrets
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat = Literal["console", "json"]
@@ -29,14 +30,12 @@ LogFormat = Literal["console", "json"]
 _LEVEL_ALIASES = {"trace": "debug", "warn": "warning", "fatal": "critical"}
 _SHOWN_LENGTH = 80
 
-_Names = Annotated[tuple[str, ...], Field(min_length=1)]
-
 
 def _split_names(value: object) -> object:
     if not isinstance(value, str):
         return value
-    # Named twice is asked for once; what stays empty is refused by the length.
-    return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+    # Named twice is asked for once; what names nothing stays text, which is refused.
+    return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip())) or value
 
 
 def _level_name(value: object) -> object:
@@ -72,10 +71,10 @@ class Settings(BaseSettings):
         "development", description="a name; production turns JSON logs on"
     )
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(
-        description="redis://user:password@host:6379/0, rediss://... for TLS, or unix://path"
+        description="redis://host:6379/0, rediss:// for TLS, or unix:// and a socket's path"
     )
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] = Field(
-        description="postgresql://user:password@host:5432/database"
+        description="postgresql://host:5432/database"
     )
     bullmq_prefix: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,200}$")] = Field(
         "bull", description="the key prefix that the producers use, 1 to 200 characters"
@@ -83,8 +82,8 @@ class Settings(BaseSettings):
     tasks_config: Annotated[str, StringConstraints(pattern=r"^[\w.]+:[\w.]+$")] = Field(
         "tasks_config:tasks", description="module:attribute, where the attribute is a list of tasks"
     )
-    worker_queues: Annotated[_Names | None, NoDecode, BeforeValidator(_split_names)] = Field(
-        None, description="queue names separated by commas, or not set for all of them"
+    worker_queues: Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_split_names)] = (
+        Field(None, description="queue names separated by commas, or not set for all of them")
     )
     worker_concurrency: int = Field(
         1, ge=1, le=10_000, description="a whole number from 1 to 10000 (jobs at once per task)"
@@ -147,9 +146,13 @@ class Settings(BaseSettings):
             return cls(**given), {}
         except ValidationError as error:
             details = error.errors(include_url=False)
-        # Only the first fault of a variable: a union reports one for each of its branches.
-        faults = {str(detail["loc"][0]): _fault(detail) for detail in reversed(details)}
-        faults = {name: faults[name] for name in cls.model_fields if name in faults}
+        # A default that depends on other settings is not made while one of these is wrong.
+        faulty = {
+            str(detail["loc"][0]): detail
+            for detail in details
+            if detail["type"] != "default_factory_not_called"
+        }
+        faults = {name: _fault(faulty[name]) for name in cls.model_fields if name in faulty}
         return cls(**(given | {name: _stand_in(name) for name in faults})), faults
 
 
@@ -176,5 +179,5 @@ def _shown(name: str, value: object) -> str:
         text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
         scheme = connection_urls.SCHEME.match(text.strip())
         return f"{scheme[0]}://***" if scheme else "***"
-    text = ascii(value)
+    text = mask_secrets(ascii(value))
     return text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "..."

@@ -206,7 +206,7 @@ def _check_handler(queue_name: str, handler: object) -> None:
 def _check_options(queue_name: str, options: object) -> None:
     if not isinstance(options, TaskOptions):
         raise TaskListError(f"task {queue_name!r}: options must be TaskOptions, not {options!r}")
-    if options.priority not in PRIORITIES:
+    if options.priority not in tuple(PRIORITIES):
         raise TaskListError(
             f"task {queue_name!r}: priority must be one of {', '.join(PRIORITIES)}, "
             f"not {options.priority!r}"

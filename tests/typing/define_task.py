@@ -1,0 +1,63 @@
+"""Only checked, never run: what type checkers know about a task."""
+
+from typing import Any, assert_type
+
+from pydantic import BaseModel, TypeAdapter
+
+from autoflow_worker import TaskContext, TaskDefinition, TaskOptions, define_task
+
+
+class Email(BaseModel):
+    address: str
+
+
+class Invoice(BaseModel):
+    number: int
+
+
+async def send(payload: Email, ctx: TaskContext) -> dict[str, bool]:
+    ctx.logger.info("sending", to=payload.address)
+    return {"sent": True}
+
+
+def send_sync(payload: Email, ctx: TaskContext) -> None: ...
+
+
+async def send_plain(payload: dict[str, Any], ctx: TaskContext) -> None: ...
+
+
+async def send_either(payload: Email | Invoice, ctx: TaskContext) -> None: ...
+
+
+class Sender:
+    async def __call__(self, payload: Email, ctx: TaskContext) -> None: ...
+
+
+assert_type(define_task("q", send), TaskDefinition[Email])
+assert_type(define_task("q", send_sync), TaskDefinition[Email])
+assert_type(define_task("q", Sender()), TaskDefinition[Email])
+assert_type(define_task("q", send_plain), TaskDefinition[dict[str, Any]])
+assert_type(define_task("q", send_either), TaskDefinition[Email | Invoice])
+assert_type(define_task("q", send).parse_payload({}), Email)
+assert_type(define_task("q", send, payload=Email), TaskDefinition[Email])
+assert_type(define_task("q", send, payload=TypeAdapter(Email)), TaskDefinition[Email])
+
+define_task(
+    queue_name="q",
+    handler=send,
+    options=TaskOptions(priority="high", timeout_ms=None),
+    worker_options={
+        "lockDuration": 1000,
+        "limiter": {"max": 1, "duration": 1000},
+        "removeOnFail": {"count": 5},
+    },
+)
+
+# Each of these is a mistake that has to be found.
+define_task("q", send, payload=Invoice)  # type: ignore[arg-type]
+define_task("q", send_plain, payload=Email)  # type: ignore[arg-type]
+define_task("q", lambda payload: None)  # type: ignore[misc, arg-type]
+define_task("q", send, options={"priority": "high"})  # type: ignore[arg-type]
+define_task("q", send, TaskOptions(priority="urgent"))  # type: ignore[arg-type]
+define_task("q", send, worker_options={"concurrency": 5})  # type: ignore[arg-type]
+define_task("q", send, worker_options={"lockDuration": "1000"})  # type: ignore[arg-type]

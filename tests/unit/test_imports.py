@@ -1,0 +1,82 @@
+"""Imports run one way, and few modules know each library."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import autoflow_worker
+
+SOURCE = Path(autoflow_worker.__file__).parent
+
+# Each imports only from what stands above it.
+ORDER = """
+    errors masking connection_urls log_writer
+    settings logs
+    worker_options payload task loader
+    cleaning storable failure record
+    execution retry
+    recorder database
+    redis_client fitness job_queue
+    job_history task_worker
+    scheduler
+    signals service
+    postgres_cluster embedded check dev demo
+    __init__
+    cli __main__
+""".split()  # noqa: SIM905 - one row for each layer
+
+# Who may import what; everyone else goes through these.
+DRIVERS = {
+    # recorder writes the rows; database makes and judges the table before there is a recorder;
+    # connection_urls asks libpq whether it can read a URL; scheduler inserts the row of a new job.
+    "psycopg": {"recorder", "database", "connection_urls", "scheduler"},
+    # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker.
+    "bullmq": {"task", "job_queue", "task_worker", "scheduler"},
+    "hiredis": {"redis_client"},
+    "watchfiles": {"dev"},
+    "rich": {"demo"},
+    "click": {"cli", "check", "dev", "demo"},
+    "uvloop": {"cli"},
+    "pydantic_settings": {"settings"},
+}
+
+MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))
+
+
+def imports(module: str) -> Iterator[str]:
+    """Each module that a module imports, wherever in its text, as a dotted name."""
+    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written out"
+            yield str(node.module)
+            if node.module == "autoflow_worker":
+                yield from (f"autoflow_worker.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(MODULES) <= set(ORDER), "a new module needs a place in ORDER"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module: str) -> None:
+    above = set(ORDER[: ORDER.index(module)])
+    own = {name.split(".")[1] for name in imports(module) if name.startswith("autoflow_worker.")}
+    assert own & set(MODULES) <= above
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_few_modules_know_each_library(module: str) -> None:
+    for name in imports(module):
+        library = name.split(".")[0]
+        assert library not in DRIVERS or module in DRIVERS[library], f"{module} imports {name}"
+
+
+def test_the_surface_is_sorted_and_whole() -> None:
+    names = autoflow_worker.__all__
+    assert names == sorted(names)
+    for name in names:
+        assert getattr(autoflow_worker, name) is not None

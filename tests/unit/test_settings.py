@@ -1,0 +1,252 @@
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoflow_worker.errors import SettingsError
+from autoflow_worker.settings import Settings
+
+URLS = {"REDIS_URL": "redis://h:1/2", "DATABASE_URL": "postgresql://h/db"}
+NAMES = [name.upper() for name in Settings.model_fields]
+SECRET = "S3cr3t"
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    for name in NAMES:
+        os.environ.pop(name, None)
+        os.environ.pop(name.lower(), None)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def load(**variables: str) -> Settings:
+    with environment(URLS | variables):
+        return Settings.load()
+
+
+def faults(**variables: str) -> tuple[str, ...]:
+    with pytest.raises(SettingsError) as caught:
+        load(**variables)
+    return caught.value.faults
+
+
+def test_the_defaults() -> None:
+    settings = load()
+    assert settings.redis_url.get_secret_value() == "redis://h:1/2"
+    assert settings.database_url.get_secret_value() == "postgresql://h/db"
+    assert settings.model_dump(exclude={"redis_url", "database_url"}) == {
+        "node_env": "development",
+        "bullmq_prefix": "bull",
+        "tasks_config": "tasks_config:tasks",
+        "worker_queues": None,
+        "worker_concurrency": 1,
+        "worker_shutdown_grace": 25.0,
+        "worker_startup_timeout": 30.0,
+        "database_pool_max": 5,
+        "record_unknown_jobs": True,
+        "log_level": "info",
+        "log_format": "console",
+    }
+
+
+def test_what_is_set_counts() -> None:
+    settings = load(
+        NODE_ENV="production",
+        WORKER_QUEUES=" a, b:c ,,a",
+        WORKER_CONCURRENCY=" 20 ",
+        WORKER_SHUTDOWN_GRACE="0",
+        RECORD_UNKNOWN_JOBS="false",
+        LOG_LEVEL="WARN",
+    )
+    assert settings.worker_queues == ("a", "b:c")
+    assert settings.worker_concurrency == 20
+    assert settings.worker_shutdown_grace == 0
+    assert settings.record_unknown_jobs is False
+    assert settings.log_level == "warning"
+    assert settings.log_format == "json"
+
+
+def test_log_format_goes_before_the_default_of_production() -> None:
+    assert load(NODE_ENV="production", LOG_FORMAT="Console").log_format == "console"
+
+
+def test_the_command_line_goes_before_the_environment() -> None:
+    with environment(URLS | {"TASKS_CONFIG": "a:b", "WORKER_QUEUES": "x"}):
+        settings = Settings.load(tasks_config="c:d", worker_queues=None)
+    assert settings.tasks_config == "c:d"
+    assert settings.worker_queues == ("x",)
+
+
+def test_set_to_nothing_is_not_set() -> None:
+    assert load(WORKER_CONCURRENCY="", LOG_LEVEL="").worker_concurrency == 1
+    assert faults(REDIS_URL="")[0].startswith("REDIS_URL is not set: ")
+
+
+def test_nothing_in_the_working_directory_is_read(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("project")
+    (folder / ".env").write_text("WORKER_CONCURRENCY=7\n")
+    monkeypatch.chdir(folder)
+    assert load().worker_concurrency == 1
+
+
+def test_settings_can_not_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load().worker_concurrency = 2  # type: ignore[misc]
+
+
+def test_every_fault_is_told_at_once() -> None:
+    variables = {
+        "REDIS_URL": "http://h",
+        "TASKS_CONFIG": "no-colon",
+        "WORKER_QUEUES": " , ",
+        "WORKER_CONCURRENCY": "0",
+        "WORKER_SHUTDOWN_GRACE": "inf",
+        "WORKER_STARTUP_TIMEOUT": "0",
+        "DATABASE_POOL_MAX": "1.5",
+        "RECORD_UNKNOWN_JOBS": "maybe",
+        "LOG_LEVEL": "loud",
+        "LOG_FORMAT": "xml",
+    }
+    with environment(variables), pytest.raises(SettingsError) as caught:
+        Settings.load()
+    told = [fault.split("=")[0].split(" ")[0] for fault in caught.value.faults]
+    assert sorted(told) == sorted([*variables, "DATABASE_URL"])
+    assert caught.value.exit_code == 2
+    for fault in caught.value.faults:
+        assert "must be" in fault or "set it to" in fault
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://h",
+        "rediss://user:p%40ss@h:6380/1?ssl_cert_reqs=none",
+        "unix:///run/redis.sock?db=2",
+        "unix://user:pass@/run/redis.sock",
+        " redis://[::1]:6379/0\n",
+    ],
+)
+def test_redis_urls(url: str) -> None:
+    assert load(REDIS_URL=url).redis_url.get_secret_value() == url.strip()
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("localhost:6379", "no scheme"),
+        ("postgresql://h/db", "scheme"),
+        ("unix://", "socket"),
+        ("redis://h:port", "host or port"),
+        ("redis://:pa#ss@h:1", "host or port"),
+        ("redis://:pa%ss@h:1", "%25"),
+        ("redis://h:99999", "host or port"),
+        ("redis://h h", "blank"),
+        ("redis://h?unheard_of=1", "no option 'unheard_of'"),
+        ("redis://h?socket_timeout=soon", "options"),
+    ],
+)
+def test_redis_urls_that_can_not_work(url: str, reason: str) -> None:
+    [fault] = faults(REDIS_URL=url)
+    assert fault.startswith("REDIS_URL=")
+    assert reason in fault
+    assert "rediss://" in fault
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgres://u:p@h:5432/db?sslmode=require&connect_timeout=5",
+        "postgresql://h1:5432,h2:5433/db?target_session_attrs=read-write",
+        "postgresql:///db?host=/run/postgresql",
+    ],
+)
+def test_database_urls(url: str) -> None:
+    assert load(DATABASE_URL=url).database_url.get_secret_value() == url
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("host=h dbname=db", "blank"),
+        ("mysql://h/db", "scheme"),
+        ("postgresql://u:p@h:port/db", "host or port"),
+        ("postgresql://u:100%@h/db", "%25"),
+        ("postgresql://h/db?unheard_of=1", "no option 'unheard_of'"),
+        ("postgresql://[h/db", "host or port"),
+    ],
+)
+def test_database_urls_that_can_not_work(url: str, reason: str) -> None:
+    [fault] = faults(DATABASE_URL=url)
+    assert fault.startswith("DATABASE_URL=")
+    assert reason in fault
+
+
+def test_only_the_faults_that_matter() -> None:
+    with environment({"DATABASE_URL": URLS["DATABASE_URL"], "LOG_LEVEL": "loud"}):
+        settings = Settings.load(needs={"database_url"})
+    assert settings.database_url.get_secret_value() == URLS["DATABASE_URL"]
+
+
+def test_examine_keeps_what_is_right() -> None:
+    with environment({"REDIS_URL": "redis://h", "WORKER_CONCURRENCY": "x"}):
+        settings, found = Settings.examine()
+    assert list(found) == ["database_url", "worker_concurrency"]
+    assert settings.redis_url.get_secret_value() == "redis://h"
+    assert settings.worker_concurrency == 1
+
+
+def test_the_urls_are_never_shown() -> None:
+    settings = load(REDIS_URL=f"redis://:{SECRET}@h", DATABASE_URL=f"postgres://u:{SECRET}@h/d")
+    assert SECRET not in repr(settings) + str(settings) + settings.model_dump_json()
+
+
+_text = st.text(
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30
+) | st.text(st.sampled_from("%@:/?#[],;='\"\\ .-\ud83d\udcff"), max_size=12).map(
+    lambda text: os.fsdecode(os.fsencode(text.encode("utf-8", "ignore").decode()))
+)
+_word = st.sampled_from(["redis", "rediss", "unix", "postgres", "postgresql", "http", "x", ""])
+_secret = st.builds(lambda before, after: before + SECRET + after, _text, _text)
+_url = st.builds(
+    lambda scheme, user, password, rest: f"{scheme}://{user}:{password}@{rest}",
+    _word,
+    _text,
+    _secret,
+    _text,
+)
+_secret_url = _url | _secret
+_plain = (
+    _text
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | st.sampled_from(["a:b", "true", "off", "json", "debug", "production", "[1]", "{}", "null"])
+)
+
+
+@given(
+    urls=st.fixed_dictionaries(
+        {}, optional={"REDIS_URL": _secret_url, "DATABASE_URL": _secret_url}
+    ),
+    others=st.dictionaries(st.sampled_from(NAMES).filter(lambda n: not n.endswith("URL")), _plain),
+)
+def test_any_environment_gives_settings_or_one_error(
+    urls: dict[str, str], others: dict[str, str]
+) -> None:
+    with environment(urls | others):
+        try:
+            shown = repr(Settings.load())
+        except SettingsError as error:
+            shown = str(error) + repr(error) + repr(error.__cause__) + repr(error.__context__)
+    assert SECRET not in shown
+    assert shown.encode()  # can be printed
