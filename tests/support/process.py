@@ -146,4 +146,7 @@ class WorkerStarter:
         return worker
 
     async def close(self) -> None:
-        await asyncio.gather(*(asyncio.to_thread(worker.close) for worker in self._started))
+        """Kill what still runs, and say what was printed: pytest shows it if the test failed."""
+        for worker in self._started:
+            await asyncio.to_thread(worker.close)
+            print(worker.report())  # noqa: T201

