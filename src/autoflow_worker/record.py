@@ -1,0 +1,204 @@
+"""What each moment of a job writes into its row: pure functions from facts to patches.
+
+A patch is merged into the row's `data` (`data || patch`), so it holds exactly the keys that the moment changes, each of the type
+that the API's strict schema takes (contract, sections 2 to 4). Dates are ISO 8601 in UTC with milliseconds; times that come in are
+milliseconds since 1970, as `Date.now()` and BullMQ give them.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any, Protocol
+
+from autoflow_worker.errors import NotStorableError
+from autoflow_worker.failure import reason_of, shorten_reason, stack_trace_of
+from autoflow_worker.storable import dump, storable
+
+Record = dict[str, Any]
+"""A patch of `data`, or a part of one; storable as it is."""
+
+_LAST_MS = 253_402_300_799_999
+_MAX_SAFE_INTEGER = 2**53 - 1
+_PRIORITY_WORDS = {1: "critical", 2: "high", 3: "normal", 4: "low"}
+
+
+class UnknownJob(Protocol):
+    """What a row is made of: a `bullmq.Job`, whose attributes may hold anything."""
+
+    data: Any
+    opts: Any
+    timestamp: Any
+
+
+def active_patch(*, now_ms: float, attempt: int) -> Record:
+    """A job was picked up, for the first time or again."""
+    return {"status": "active", "startedAt": iso(now_ms), "attempts": attempt}
+
+
+def completed_patch(*, now_ms: float, result: Record) -> Record:
+    """The handler returned; `result` is what `success_result` made of it."""
+    return {
+        "status": "completed",
+        "completedAt": iso(now_ms),
+        "result": result,
+        "error": None,
+        "failedAt": None,
+        "delayUntil": None,
+    }
+
+
+def delayed_patch(*, until_ms: float, attempt: int, error: Record) -> Record:
+    """The attempt failed and the job runs again after a backoff; `error` is from `error_record`."""
+    until = iso(until_ms)
+    return {"status": "delayed", "delayUntil": until, "attempts": attempt, "error": error}
+
+
+def pending_patch(*, attempt: int, error: Record) -> Record:
+    """The attempt failed and the job runs again at once; `error` is from `error_record`."""
+    return {"status": "pending", "attempts": attempt, "error": error}
+
+
+def failed_patch(*, now_ms: float, attempt: int, error: Record) -> Record:
+    """The job failed for good; `error` is from `error_record`."""
+    return {"status": "failed", "failedAt": iso(now_ms), "attempts": attempt, "error": error}
+
+
+def handed_back_patch() -> Record:
+    """The job was given back to its queue without using up its attempt."""
+    return {"status": "pending"}
+
+
+def waiting_children_patch() -> Record:
+    """The handler had its job wait for its children."""
+    return {"status": "pending"}
+
+
+def moved_to_delayed_patch(*, until_ms: float) -> Record:
+    """The handler delayed its own job."""
+    return {"status": "delayed", "delayUntil": iso(until_ms)}
+
+
+def success_result(output: object, duration_ms: float) -> Record:
+    """Return the row's `result`, which is BullMQ's return value too.
+
+    Args:
+        output: what the handler returned, anything.
+        duration_ms: how long it took; whole milliseconds are stored, as Node does.
+
+    Raises:
+        NotStorableError: the output can't be stored (`storable` has the rules).
+    """
+    return {"success": True, "output": storable(output), "duration": _whole(duration_ms)}
+
+
+def error_record(failure: BaseException | str, now_ms: float) -> Record:
+    """Return the row's `error`, passwords masked and cut to `MAX_REASON` and `MAX_STACK_TRACE`.
+
+    Never raises, whatever the exception does when it is looked at.
+
+    Args:
+        failure: what the handler raised; or a reason in words, which comes without a stack trace.
+        now_ms: when the attempt ended.
+    """
+    last_attempt = iso(now_ms)
+    if isinstance(failure, str):
+        reason = shorten_reason(failure)
+        return {"success": False, "reason": reason, "lastAttemptAt": last_attempt}
+    return {
+        "success": False,
+        "reason": reason_of(failure),
+        "stackTrace": stack_trace_of(failure),
+        "lastAttemptAt": last_attempt,
+    }
+
+
+def unknown_job_row(queue: str, job: UnknownJob) -> Record:
+    """Return the whole `data` of a row for a job that came without one (contract, section 4).
+
+    Never raises: a producer that nobody knows may have put anything into the job. Its `correlationId` is not part of the
+    payload. Data that is no object becomes `{"value": data}`, data that can't be stored `{}`. A priority other than
+    BullMQ's 1 to 4 is "normal", fewer than one attempt is one, and what is no time is now.
+    """
+    opts = job.opts if isinstance(job.opts, Mapping) else {}
+    added = job.timestamp if _is_finite(job.timestamp) else time.time() * 1000
+    name = storable(queue)
+    return {
+        "schemaVersion": 1,
+        "taskName": name,
+        "queueName": name,
+        "payload": _payload(job.data),
+        "status": "pending",
+        "priority": _priority_word(opts.get("priority")),
+        "attempts": 0,
+        "maxAttempts": max(1, _whole(opts.get("attempts"))),
+        "enqueuedAt": iso(added),
+        "startedAt": None,
+        "completedAt": None,
+        "failedAt": None,
+        "delayUntil": None,
+        "result": None,
+        "error": None,
+        "userId": None,
+        "externalId": None,
+    }
+
+
+def row_id(queue: str, job_id: str) -> str:
+    """Return the id of a job's row: the job's own, with the queue's name before BullMQ's integers.
+
+    BullMQ numbers the jobs of every queue from 1 (contract, section 4).
+    """
+    return f"{queue}:{job_id}" if job_id.isascii() and job_id.isdigit() else job_id
+
+
+def encode(record: Record) -> str:
+    """Return the compact JSON text of a patch or a row of this module."""
+    return dump(record)
+
+
+def iso(ms: float) -> str:
+    """Return a time as `2026-01-02T03:04:05.678Z`.
+
+    Args:
+        ms: milliseconds since 1970; a part of one is dropped. What lies before 1970 or after 9999, or is not
+            a number, becomes the nearest end of that range, or 1970.
+    """
+    # Written so that NaN fails the first comparison.
+    if not ms >= 0:
+        ms = 0
+    seconds, millis = divmod(int(min(ms, _LAST_MS)), 1000)
+    return f"{_second(seconds)}.{millis:03}Z"
+
+
+@lru_cache(maxsize=64)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _payload(data: object) -> Record:
+    if isinstance(data, dict):
+        data = {key: value for key, value in data.items() if key != "correlationId"}
+    else:
+        data = {"value": data}
+    try:
+        payload = storable(data)
+    except NotStorableError:
+        return {}
+    return payload if isinstance(payload, dict) else {}
+
+
+def _priority_word(priority: object) -> str:
+    return _PRIORITY_WORDS.get(_whole(priority), "normal")
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _whole(value: object) -> int:
+    """Return a number as an integer that JavaScript holds exactly and is not negative; 0 for anything else."""
+    if not _is_finite(value):
+        return 0
+    return min(max(0, int(value)), _MAX_SAFE_INTEGER)  # type: ignore[call-overload, no-any-return]
