@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.support.database import (
 )
 from tests.support.node import Node
 from tests.support.process import WorkerStarter
+from tests.support.running import RunWorker, running
 from tests.support.servers import OwnServer, own_postgres_server, own_redis_server
 
 _numbers = itertools.count(1)
@@ -165,6 +167,12 @@ async def own_postgres(
     if server.server.running and request.node.get_closest_marker("foreign_rows") is None:
         server.resume()
         await check_rows(server.url)
+
+
+@pytest.fixture
+def run_worker(redis_url: str, database_url: str, prefix: str) -> RunWorker:
+    """Runs the worker in the test's own process: `async with run_worker(tasks, **settings):`."""
+    return partial(running, redis_url=redis_url, database_url=database_url, prefix=prefix)
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""The worker inside the test's own process: `WorkerService`, with its settings as arguments."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, Protocol
+
+from autoflow_worker import TaskDefinition
+from autoflow_worker.service import WorkerService
+from autoflow_worker.settings import Settings
+from tests.support.until import until
+
+Tasks = Sequence[TaskDefinition[Any]]
+
+
+class Running:
+    """A worker that runs; `running()` makes it.
+
+    Attributes:
+        service: the service itself.
+        exit_code: what it returned; None while it runs.
+    """
+
+    def __init__(self, service: WorkerService) -> None:
+        self.service = service
+        self.exit_code: int | None = None
+        self.stopping = asyncio.Event()
+        self.aborting = asyncio.Event()
+        self.task = asyncio.create_task(self._run())
+
+    async def _run(self) -> int:
+        self.exit_code = await self.service.run(self.stopping, self.aborting)
+        return self.exit_code
+
+    async def stop(self) -> int:
+        """Ask it to stop, wait for its end, and return its exit code. May be called twice.
+
+        Raises:
+            WorkerError: what the service raised.
+        """
+        self.stopping.set()
+        return await asyncio.shield(self.task)
+
+    async def abort(self) -> int:
+        """As `stop()`, asking twice: what runs is handed back at once."""
+        self.aborting.set()
+        return await self.stop()
+
+
+class RunWorker(Protocol):
+    """What the fixture `run_worker` gives: `running()` on the test's own servers."""
+
+    def __call__(self, tasks: Tasks, **settings: Any) -> AbstractAsyncContextManager[Running]: ...
+
+
+@asynccontextmanager
+async def running(
+    tasks: Tasks, *, redis_url: str, database_url: str, prefix: str, **settings: Any
+) -> AsyncIterator[Running]:
+    """Run a worker in this process; it is stopped at the end of the block, if it still runs.
+
+    If the service ends unasked, the block is left at once and the test fails.
+
+    Args:
+        tasks: as in a task list.
+        settings: more attributes of `Settings`, such as `worker_concurrency=10`.
+
+    Raises:
+        WorkerError: it could not start; the block is not entered.
+    """
+    given = {"worker_shutdown_grace": 10.0, "worker_startup_timeout": 15.0, **settings}
+    service = WorkerService(
+        Settings(redis_url=redis_url, database_url=database_url, bullmq_prefix=prefix, **given),
+        tasks,
+    )
+    worker = Running(service)
+    await until(lambda: worker.task.done() or _has_started(service))
+    if worker.task.done():
+        worker.task.result()
+        raise AssertionError(f"the worker ended at once, with {worker.exit_code}")
+    block = asyncio.current_task()
+    assert block is not None
+
+    def leave_block(_: asyncio.Task[int]) -> None:
+        if not worker.stopping.is_set():
+            block.cancel("the worker ended unasked")
+
+    worker.task.add_done_callback(leave_block)
+    try:
+        yield worker
+        await worker.stop()
+    except asyncio.CancelledError:
+        if not worker.task.done() or worker.stopping.is_set():
+            raise
+        block.uncancel()
+        raise AssertionError("the worker ended unasked") from worker.task.exception()
+    finally:
+        worker.stopping.set()
+        worker.aborting.set()
+        with suppress(Exception):
+            await worker.task
+
+
+def _has_started(service: WorkerService) -> bool:
+    workers = service._workers
+    return len(workers) == len(service._tasks) and all(worker._slots for worker in workers)
