@@ -10,7 +10,10 @@ worker has to record must be in the table seconds after PostgreSQL is back.
 """
 
 import asyncio
+import contextlib
 import enum
+import os
+import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -382,6 +385,11 @@ class _Lane:
         self._work.set()
 
     async def close(self) -> None:
+        if self.batch and self._connection is not None and not self._connection.closed:
+            # psycopg would ask a server that may be away, for seconds, to cancel the statement.
+            with socket.socket(fileno=os.dup(self._connection.fileno())) as connected:
+                with contextlib.suppress(OSError):
+                    connected.shutdown(socket.SHUT_RDWR)
         if self.task is not None:
             self.task.cancel()
             await asyncio.wait({self.task})
