@@ -24,6 +24,7 @@ import structlog
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from autoflow_worker.errors import DatabaseUnavailableError, PartDiedError
+from autoflow_worker.failpoints import failpoint
 from autoflow_worker.masking import mask_secrets
 
 log = structlog.get_logger(__name__)
@@ -390,6 +391,7 @@ class _Lane:
             with socket.socket(fileno=os.dup(self._connection.fileno())) as connected:
                 with contextlib.suppress(OSError):
                     connected.shutdown(socket.SHUT_RDWR)
+            await self.idle.wait()  # The writes are given up, so the lane ends with its statement.
         if self.task is not None:
             self.task.cancel()
             await asyncio.wait({self.task})
@@ -435,6 +437,7 @@ class _Lane:
         """Write these; a bad one among them is found by halving, so the others are not held up."""
         try:
             written = await self._update(writes)
+            failpoint("in-batch")
             refused = [write for write in writes if write.row_id not in written]
             for write in writes:
                 if write.row_id in written:
@@ -456,6 +459,7 @@ class _Lane:
         statement = _RELAXED_UPDATE if all(w.is_start for w in writes) else _DURABLE_UPDATE
         parameter = orjson.dumps([write.as_parameter() for write in writes])
         connection = await self.connection()
+        failpoint("batch-sent")
         cursor = await connection.execute(statement, (parameter.decode(),))
         return {row[0] for row in await cursor.fetchall()}
 
