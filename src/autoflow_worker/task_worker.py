@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 from autoflow_worker import record
 from autoflow_worker.errors import NotStorableError, PayloadError, WorkerError
 from autoflow_worker.execution import Outcome, execute
+from autoflow_worker.failpoints import failpoint
 from autoflow_worker.job_history import JobHistory
 from autoflow_worker.job_queue import (
     ChildrenLeftError,
@@ -283,6 +284,7 @@ class TaskWorker:
         """Run one job to its acknowledgement; the job that the acknowledgement brought."""
         # Not taken out when this is cancelled: `close` hands back what is left.
         history = self._running[claim] = self._history_of(claim)
+        failpoint("after-claim")
         following = None
         try:
             following = self._take(await self._process(claim, history, owner))
@@ -331,7 +333,9 @@ class TaskWorker:
         if await self._start(claim, history) is Verdict.CANCELLED:
             send = partial(self._queue.fail, claim, "the task is cancelled", None)
             return await self._acknowledge(claim, owner, send)
+        failpoint("handler-start")
         outcome = await execute(self.task, payload, self._context(claim, correlation_id))
+        failpoint("handler-end")
         await self._make_sure_of_lock(claim)
         if isinstance(outcome.error, DelayedError | WaitingChildrenError):
             return await self._moved(claim, history, owner, outcome.error)
@@ -352,7 +356,9 @@ class TaskWorker:
     async def _start(self, claim: Claim, history: JobHistory) -> Verdict:
         patch = record.active_patch(now_ms=_now_ms(), attempt=claim.attempt)
         text = record.encode(patch)
+        failpoint("before-active-row")
         verdict = await history.start(patch, text)
+        failpoint("after-active-row")
         if verdict is Verdict.CONTESTED:
             # A later start than ours: a clock that goes wrong, or a job that is not ours any more.
             await self._make_sure_of_lock(claim, ask=True)
@@ -454,6 +460,7 @@ class TaskWorker:
     async def _finish(self, claim: Claim, history: JobHistory, patch: dict[str, Any]) -> Verdict:
         text = record.encode(patch)
         verdict = await history.finish(patch, text)
+        failpoint("after-commit")
         if verdict is Verdict.CONTESTED:
             await self._make_sure_of_lock(claim, ask=True)
             verdict = await history.finish(patch, text, force=True)
@@ -466,7 +473,8 @@ class TaskWorker:
         pause = OUTAGE_PAUSE
         while True:
             try:
-                return await send(fetch_next=not self._stopping)
+                failpoint("before-ack")
+                reply = await send(fetch_next=not self._stopping)
             except MalformedJobError as error:
                 await self._bury(claim, self._running[claim], error)
                 return Reply()
@@ -477,6 +485,9 @@ class TaskWorker:
                     # The reply was lost, not the acknowledgement: it may have brought a job.
                     found = await self._insist(lambda: self._claimed_unawares(owner))
                     return Reply(found)
+            else:
+                failpoint("after-ack")
+                return reply
 
     async def _bury(self, claim: Claim, history: JobHistory, error: Exception) -> None:
         """Fail a job for good on which BullMQ's scripts, or this code, broke."""

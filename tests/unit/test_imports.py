@@ -12,7 +12,7 @@ SOURCE = Path(autoflow_worker.__file__).parent
 
 # Each imports only from what stands above it.
 ORDER = """
-    errors masking connection_urls log_writer
+    errors masking connection_urls failpoints log_writer
     settings logs
     worker_options payload task loader
     cleaning storable failure record
