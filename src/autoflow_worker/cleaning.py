@@ -1,10 +1,11 @@
-"""The careful way from any Python value to plain JSON types; `storable` holds the rules and the quick way.
+"""The careful way from any Python value to plain JSON types; `storable` has the rules.
 
-Code of other people's classes runs here (`model_dump`, `items`, `__lt__`, …): whatever it raises refuses the value,
-and whatever it yields counts against the limits.
+Code of other people's classes runs here (`model_dump`, `items`, `__lt__`, …): whatever it raises
+refuses the value, and whatever it yields counts against the limits.
 """
 
 import base64
+import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | Non
 T = TypeVar("T")
 
 MAX_DEPTH = 200
-"""Arrays and objects around one value. orjson stops at 254, and the row itself needs some of them."""
+"""Arrays and objects around one value. orjson stops at 254, and the row needs some of its own."""
 MAX_VALUES = 1_000_000
 """Values and keys in one result: bounds the time for which one result can hold the event loop."""
 MAX_SIZE = 16 * 1024 * 1024
@@ -39,6 +40,7 @@ _MAX_DOUBLE = int(1.7976931348623157e308)
 _MAX_SAFE_INTEGER = 2**53
 _LOG10_2 = math.log10(2)
 _SHOWN_PATH = 8
+_MAX_NAME = 200
 
 
 class Refusal(Exception):  # noqa: N818 - an aside between two modules, not an error of the package
@@ -64,7 +66,7 @@ class Cleaner:
         self._values = factor * MAX_VALUES
         self._room = factor * MAX_SIZE
 
-    def clean(self, value: object, depth: int = 0) -> Json:
+    def clean(self, value: object, depth: int = 0) -> Json:  # noqa: PLR0911 - one for each type
         """Return the value as plain JSON types.
 
         Raises:
@@ -89,7 +91,8 @@ class Cleaner:
     def _object(self, pairs: dict[object, object], depth: int) -> Json:
         self._enter(2 * len(pairs), depth)
         cleaned: dict[str, Json] = {}
-        for key, item in pairs.items():
+        # A copy, as code that runs on the way may change the original.
+        for key, item in list(pairs.items()):
             name = self._text(key) if type(key) is str else self._key(key, depth)
             try:
                 cleaned[name] = self.clean(item, depth)
@@ -101,7 +104,7 @@ class Cleaner:
     def _array(self, items: list[object] | tuple[object, ...], depth: int) -> Json:
         self._enter(len(items), depth)
         cleaned: list[Json] = []
-        for item in items:
+        for item in tuple(items):
             try:
                 cleaned.append(self.clean(item, depth))
             except Refusal as refusal:
@@ -120,17 +123,11 @@ class Cleaner:
         if type(key) is float and not math.isfinite(key):
             return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[repr(key)]
         plain = self.clean(key, depth)
-        match plain:
-            case str():
-                return plain
-            case None:
-                return "null"
-            case bool():
-                return "true" if plain else "false"
-            case int() | float():
-                return repr(plain)
-            case _:
-                raise Refusal(f"a {_type_name(key)} can't be a key in JSON")
+        if isinstance(plain, str):
+            return plain
+        if isinstance(plain, dict | list):
+            raise Refusal(f"{type_name(key)} can't be a key in JSON")
+        return json.dumps(plain)
 
     def _text(self, text: str) -> str:
         self._take(len(text))
@@ -174,16 +171,17 @@ def _guarded(read: Callable[[object], T], value: object) -> T:
         raise
     # SystemExit out of a property is as hostile as any: it must cost this job, not the worker.
     except BaseException as error:
-        reason = f"a {_type_name(value)} raised {_type_name(error)} while it was read"
+        reason = f"{type_name(value)} raised {type_name(error)} while it was read"
         raise Refusal(reason) from error
 
 
-def _type_name(value: object) -> str:
-    # Not type(value).__name__, which a metaclass may override.
-    return str(type.__dict__["__name__"].__get__(type(value)))
+def type_name(value: object) -> str:
+    """Return the name of the value's type."""
+    # Not type(value).__qualname__, which a metaclass may override.
+    return clean_text(str(type.__dict__["__qualname__"].__get__(type(value)))[:_MAX_NAME])
 
 
-def _simplify(value: object) -> object:
+def _simplify(value: object) -> object:  # noqa: PLR0911 - one for each type
     """Take one step towards plain JSON types."""
     match value:
         case Enum():
@@ -212,7 +210,7 @@ def _sorted(members: set[object] | frozenset[object]) -> list[object]:
     members = set(islice(members, MAX_VALUES + 1))
     try:
         return sorted(members)  # type: ignore[type-var]
-    except Exception:  # noqa: BLE001 - whatever a member's comparison raises
+    except Exception:  # whatever a member's comparison raises
         return list(members)
 
 
@@ -231,7 +229,7 @@ def _scalar(value: object) -> str | float | None:
         case bytes() | bytearray() | memoryview():
             return base64.b64encode(value).decode()
         case _:
-            raise Refusal(f"a {_type_name(value)} can't be written as JSON")
+            raise Refusal(f"{type_name(value)} has no form in JSON")
 
 
 def _is_utc(value: datetime) -> bool:

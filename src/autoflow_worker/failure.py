@@ -1,17 +1,19 @@
-"""Exceptions as `reason` and `stackTrace`: bounded in time and size, whatever the exception does when it is looked at.
+"""Exceptions as `reason` and `stackTrace`, within limits of time and size, whatever they hold.
 
-The standard library's `traceback` formats all there is: ten thousand chained exceptions, a message of 10 MB, a `__str__` that
-exits. Here each part has its limit, and what is left out says so.
+The standard library's `traceback` formats all there is: ten thousand chained exceptions, a message
+of 10 MB, a `__str__` that exits. Here each part has its limit, what is left out says so, and
+passwords are masked.
 """
 
 import linecache
-import os
 import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
+from typing import TypeGuard, TypeVar
 
-from autoflow_worker.cleaning import clean_text
+from autoflow_worker.cleaning import clean_text, type_name
 from autoflow_worker.masking import mask_secrets
 
 MAX_REASON = 2_000
@@ -43,9 +45,9 @@ def reason_of(error: BaseException) -> str:
     """
     words = _message(error, MAX_REASON)
     if not words.strip():
-        words = _type_name(error)
+        words = type_name(error)
     elif _is_a(error, KeyError) or not _is_a(error, Exception):
-        words = f"{_type_name(error)}: {words}"
+        words = f"{type_name(error)}: {words}"
     if members := _members(error)[:_SHOWN_MEMBERS]:
         words += ": " + "; ".join(_line(member, MAX_REASON // 4) for member in members)
     return _cut(words, MAX_REASON, len(words))
@@ -57,7 +59,7 @@ def shorten_reason(reason: str) -> str:
 
 
 def stack_trace_of(error: BaseException) -> str:
-    """Return the stack trace as Python prints it, causes first; at most `MAX_STACK_TRACE` characters."""
+    """Return the stack trace as Python prints it, causes first, cut to `MAX_STACK_TRACE`."""
     text = "\n".join(_Tracer().chain(error))
     if len(text) <= MAX_STACK_TRACE:
         return text
@@ -65,6 +67,9 @@ def stack_trace_of(error: BaseException) -> str:
     tail = MAX_STACK_TRACE - head - 60
     cut = len(text) - head - tail
     return f"{text[:head]}\n… ({cut:,} characters cut)\n{text[-tail:]}"
+
+
+T = TypeVar("T")
 
 
 class _Tracer:
@@ -107,30 +112,28 @@ class _Tracer:
                 yield "  " + text.replace("\n", "\n  ")
 
 
-def _is_a(error: BaseException, kind: type[BaseException]) -> bool:
-    # isinstance would ask the error for its __class__, which may be a property that raises.
-    return issubclass(type(error), kind)
+def _is_a(value: object, kind: type[T]) -> TypeGuard[T]:
+    # isinstance would ask the value for its __class__, which may be a property that raises.
+    return issubclass(type(value), kind)
 
 
-def _type_name(error: BaseException) -> str:
-    kind = type(error)
-    name = str(type.__dict__["__qualname__"].__get__(kind))
-    module = type.__getattribute__(kind, "__module__")
-    if not isinstance(module, str) or module in {"builtins", "__main__"}:
-        return clean_text(name[:_MAX_LINE])
-    return clean_text(f"{module}.{name}"[:_MAX_LINE])
+def _full_name(error: BaseException) -> str:
+    module = type.__dict__["__module__"].__get__(type(error))
+    if type(module) is not str or module in {"builtins", "__main__"}:
+        return type_name(error)
+    return f"{clean_text(module[:_MAX_LINE])}.{type_name(error)}"
 
 
 def _line(error: BaseException, limit: int) -> str:
     words = _message(error, limit)
-    return f"{_type_name(error)}: {words}" if words else _type_name(error)
+    return f"{_full_name(error)}: {words}" if words else _full_name(error)
 
 
 def _message(error: BaseException, limit: int) -> str:
     try:
         text = str(error)
-    except BaseException as trouble:  # noqa: BLE001 - SystemExit from a __str__ must not end the worker
-        return f"<its text can't be had: {_type_name(trouble)}>"
+    except BaseException as trouble:  # a __str__ that exits must not end the worker
+        return f"<its text can't be had: {type_name(trouble)}>"
     return _presentable(text, limit)
 
 
@@ -144,7 +147,7 @@ def _presentable(text: str, limit: int) -> str:
 
 
 def _cut(text: str, limit: int, length: int) -> str:
-    """Cut what stands for a text of this length to `limit` characters, and say how many are missing."""
+    """Cut what is left of a text of that length to `limit` characters; say how many are missing."""
     if len(text) <= limit and length <= limit + _MARGIN:
         return text
     keep = limit - 40
@@ -154,29 +157,29 @@ def _cut(text: str, limit: int, length: int) -> str:
 def _get(error: BaseException, attribute: str) -> object:
     try:
         return getattr(error, attribute, None)
-    except BaseException:  # noqa: BLE001 - as in _message
+    except BaseException:  # a property may stand in its place
         return None
 
 
 def _cause(error: BaseException) -> tuple[BaseException | None, str]:
     cause, context = _get(error, "__cause__"), _get(error, "__context__")
-    if isinstance(cause, BaseException):
+    if _is_a(cause, BaseException):
         return cause, _CAUSE
-    if isinstance(context, BaseException) and not _get(error, "__suppress_context__"):
+    if _is_a(context, BaseException) and not _get(error, "__suppress_context__"):
         return context, _CONTEXT
     return None, ""
 
 
 def _members(error: BaseException) -> Sequence[BaseException]:
     members = _get(error, "exceptions") if _is_a(error, BaseExceptionGroup) else ()
-    return members if isinstance(members, tuple) else ()
+    return members if type(members) is tuple else ()
 
 
 def _notes(error: BaseException) -> Iterator[str]:
     notes = _get(error, "__notes__")
     if type(notes) is list:
         for note in notes[:_MAX_NOTES]:
-            if isinstance(note, str):
+            if _is_a(note, str):
                 yield _presentable(note, MAX_MESSAGE)
 
 
@@ -185,7 +188,7 @@ def _frames(error: BaseException) -> Iterator[str]:
     last: deque[TracebackType] = deque(maxlen=MAX_FRAMES - MAX_FRAMES // 3)
     total = 0
     step = _get(error, "__traceback__")
-    while isinstance(step, TracebackType):
+    while _is_a(step, TracebackType):
         total += 1
         (first if len(first) < MAX_FRAMES // 3 else last).append(step)
         step = step.tb_next
@@ -206,10 +209,10 @@ def _frame(step: TracebackType) -> str:
 def _source_line(path: str, number: int) -> str:
     try:
         if path not in linecache.cache:
-            facts = os.stat(path)
+            facts = Path(path).stat()
             # A code object may claim to come from a pipe or a device.
             if not stat.S_ISREG(facts.st_mode) or facts.st_size > _MAX_SOURCE_FILE:
                 return ""
         return _presentable(linecache.getline(path, number).strip(), _MAX_LINE)
-    except Exception:  # noqa: BLE001 - a trace without its source is still a trace
+    except Exception:  # a trace without its source is still a trace
         return ""

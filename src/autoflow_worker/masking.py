@@ -4,17 +4,19 @@ import re
 
 MASK = "***"
 
-# Every pattern starts at a fixed text and none looks past the next start, so the time is linear in the text.
+# The patterns start at fixed texts and don't look past the next one: linear in the text's length.
 _PATTERN = re.compile(
     r"""
-    # redis://user:password@host. To the last @ of the word, for an @ or / that should have been percent-encoded; with
-    # quotes in it only if there is no @ before them. A port, which a path, query or quote ends, is no password.
+    # redis://user:password@host. To the last @ of the word, for an @ or / that should have been
+    # percent-encoded; with quotes in it only if there is no @ before them. What a path, a query or
+    # a quote ends is a port.
     (?P<url> :// [^\s/:@"'<>]* : )
     (?! \d{1,5} [/?\#"'<>,;)\]}] )
     (?> (?: (?!://) [^\s"'<>] )* @ | (?: (?!://) \S )*? @ )
     |
-    # password=..., as in a conninfo or a query, and 'password': '...', as in a printed dict or JSON.
-    (?P<key> (?i: password | passphrase | passwd | pwd ) (?: [ \t]*=(?!=)[ \t]* | ['"][ \t]*:[ \t]*(?=['"]) ) )
+    # password=..., as in a conninfo or a query; 'password': '...', as in a printed dict or JSON.
+    (?P<key> (?i: password | passphrase | passwd | pwd )
+      (?: [ \t]*=(?!=)[ \t]* | ['"][ \t]*:[ \t]*(?=['"]) ) )
     (?> ' (?: [^'\\] | \\. )*+ ' | " (?: [^"\\] | \\. )*+ "
       | (?: [^\s'"&] | & (?! \w+= ) | ['"] (?! [,:}\])\s] | $ ) )++ )
     """,
@@ -25,7 +27,7 @@ _PATTERN = re.compile(
 def mask_secrets(text: str) -> str:
     """Return the text with every password in a URL, conninfo or printed dict replaced by `***`.
 
-    What looks like a password is one: where a text can be read in two ways, more of it is masked, not less.
+    Where a text can be read in two ways, more of it is masked, not less.
     """
     return _PATTERN.sub(_masked, text)
 

@@ -1,17 +1,20 @@
 """What each moment of a job writes into its row: pure functions from facts to patches.
 
-A patch is merged into the row's `data` (`data || patch`), so it holds exactly the keys that the moment changes, each of the type
-that the API's strict schema takes (contract, sections 2 to 4). Dates are ISO 8601 in UTC with milliseconds; times that come in are
-milliseconds since 1970, as `Date.now()` and BullMQ give them.
+A patch is merged into the row's `data` (`data || patch`), so it holds exactly the keys that the
+moment changes, each of the type that the API's strict schema takes (contract, sections 2 to 4).
+Dates are ISO 8601 in UTC with milliseconds; times that come in are milliseconds since 1970, as
+`Date.now()` and BullMQ give them.
 """
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Protocol
 
+from autoflow_worker.cleaning import clean_text
 from autoflow_worker.errors import NotStorableError
 from autoflow_worker.failure import reason_of, shorten_reason, stack_trace_of
 from autoflow_worker.storable import dump, storable
@@ -21,6 +24,7 @@ Record = dict[str, Any]
 
 _LAST_MS = 253_402_300_799_999
 _MAX_SAFE_INTEGER = 2**53 - 1
+_COUNTED_ID = re.compile(r"[1-9][0-9]{0,15}")
 _PRIORITY_WORDS = {1: "critical", 2: "high", 3: "normal", 4: "low"}
 
 
@@ -117,9 +121,10 @@ def error_record(failure: BaseException | str, now_ms: float) -> Record:
 def unknown_job_row(queue: str, job: UnknownJob) -> Record:
     """Return the whole `data` of a row for a job that came without one (contract, section 4).
 
-    Never raises: a producer that nobody knows may have put anything into the job. Its `correlationId` is not part of the
-    payload. Data that is no object becomes `{"value": data}`, data that can't be stored `{}`. A priority other than
-    BullMQ's 1 to 4 is "normal", fewer than one attempt is one, and what is no time is now.
+    Never raises: a producer that nobody knows may have put anything into the job. The payload is
+    the data without `correlationId`; `{"value": data}` for data that is no object, `{}` for what
+    can't be stored. A priority other than BullMQ's 1 to 4 is "normal", fewer than one attempt is
+    one, and what is no time is now.
     """
     opts = job.opts if isinstance(job.opts, Mapping) else {}
     added = job.timestamp if _is_finite(job.timestamp) else time.time() * 1000
@@ -146,11 +151,12 @@ def unknown_job_row(queue: str, job: UnknownJob) -> Record:
 
 
 def row_id(queue: str, job_id: str) -> str:
-    """Return the id of a job's row: the job's own, with the queue's name before BullMQ's integers.
+    """Return the id of a job's row: the job's own, or `<queue>:<job id>` (contract, section 4).
 
-    BullMQ numbers the jobs of every queue from 1 (contract, section 4).
+    The queue's name goes before the integers, from 1 up, that BullMQ gives to jobs of every queue;
+    it refuses them as ids of a producer's choice.
     """
-    return f"{queue}:{job_id}" if job_id.isascii() and job_id.isdigit() else job_id
+    return clean_text(f"{queue}:{job_id}" if _COUNTED_ID.fullmatch(job_id) else job_id)
 
 
 def encode(record: Record) -> str:
@@ -162,8 +168,8 @@ def iso(ms: float) -> str:
     """Return a time as `2026-01-02T03:04:05.678Z`.
 
     Args:
-        ms: milliseconds since 1970; a part of one is dropped. What lies before 1970 or after 9999, or is not
-            a number, becomes the nearest end of that range, or 1970.
+        ms: milliseconds since 1970; a part of one is dropped. A time before 1970 or after 9999
+            becomes the nearest one in between, NaN the first.
     """
     # Written so that NaN fails the first comparison.
     if not ms >= 0:
@@ -198,7 +204,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _whole(value: object) -> int:
-    """Return a number as an integer that JavaScript holds exactly and is not negative; 0 for anything else."""
+    """Return a number as an integer of JavaScript's, at least 0; 0 for what is no number."""
     if not _is_finite(value):
         return 0
     return min(max(0, int(value)), _MAX_SAFE_INTEGER)  # type: ignore[call-overload, no-any-return]

@@ -1,15 +1,16 @@
 r"""Any Python value as JSON that PostgreSQL's jsonb and JavaScript both take, whatever it holds.
 
-JSON as Python writes it is not always JSON to others: jsonb refuses `\u0000` and lone surrogates, JavaScript knows
-no NaN and no number beyond a double, and each of them has its own limit of nesting. The rules, in one place:
+JSON as Python writes it is not always JSON to others: jsonb refuses `\u0000` and lone surrogates,
+JavaScript knows no NaN and no number beyond a double, and each has its own limit of nesting.
+The rules, in one place:
 
 | value | stored as |
 |---|---|
 | dict, any other Mapping | object; for its keys see below |
 | list, tuple, deque | array |
 | set, frozenset | array, sorted if its members can be compared, else in its own order |
-| str | text; U+0000 and lone surrogates become U+FFFD, a surrogate pair becomes its character |
-| int | number, with all its digits (JavaScript rounds beyond 2^53); beyond a double (1.8e308) text |
+| str | text; U+0000 and lone surrogates become U+FFFD, a surrogate pair its character |
+| int | number with all its digits (JavaScript rounds beyond 2^53); beyond 1.8e308 text |
 | float | number; NaN and ±Infinity are null, as in JavaScript |
 | Decimal | number if a float holds it without loss, else text; NaN and ±Infinity are null |
 | datetime, date, time | text in ISO 8601, with `Z` for UTC |
@@ -20,10 +21,11 @@ no NaN and no number beyond a double, and each of them has its own limit of nest
 | pydantic model | what its `model_dump(mode="json")` is stored as |
 | dataclass | object of all its fields |
 
-A key that is stored as number, true, false or null becomes that as text, as `json.dumps` writes it. Of two keys with the
-same text the later one's value stays. Everything else (generators, files, functions, objects of unknown classes, tuples as
-keys) is refused with `NotStorableError`, and so is what goes beyond `MAX_DEPTH`, `MAX_VALUES`, `MAX_SIZE` or `MAX_DIGITS`.
-Nothing is cut: a result is stored whole or not at all.
+A key that is stored as number, true, false or null becomes that as text, as `json.dumps` writes it.
+Of two keys with the same text the later one's value stays. Everything else (generators, files,
+functions, objects of unknown classes, tuples as keys) is refused with `NotStorableError`, and so is
+what goes beyond `MAX_DEPTH`, `MAX_VALUES`, `MAX_SIZE` or `MAX_DIGITS`. Nothing is cut: a result is
+stored whole or not at all.
 """
 
 import json
@@ -104,9 +106,10 @@ def stored(value: object) -> Stored:
 
 
 def dump(value: object) -> str:
-    """Return the compact JSON text of what is built of storable values, as a row is built around a result.
+    """Return the compact JSON text of what is built of storable values, as a row is.
 
-    Much quicker than `encode`, as it leaves the checking to orjson; with room beyond the limits for what was built.
+    Quicker than `encode`, as only what orjson objects to is looked at again. The limits are twice
+    as wide, for what was built around the values.
     """
     try:
         raw = orjson.dumps(value)
@@ -134,14 +137,15 @@ def _encode_plain(value: object) -> bytes | None:
         return None
     if len(raw) > MAX_SIZE:
         raise _not_storable(TOO_LARGE)
-    # The text "\u0000", its backslash escaped, is sent the careful way too and comes to no harm there.
+    # A backslash and "u0000" in a text look the same, and come to no harm on the careful way.
     return None if b"\\u0000" in raw else raw
 
 
 def _is_plain(value: object) -> bool:
     """Tell whether JSON's own types are all there is; refuse what goes beyond the limits.
 
-    Before orjson sees it: a few lists that hold each other several times over would have it write for ever.
+    Before orjson sees it: some lists that hold each other several times over would have it write
+    for ever.
     """
     values, room = MAX_VALUES, MAX_SIZE
     layer: list[object] = [value]
@@ -182,4 +186,4 @@ def _clean(value: object) -> Stored:
 
 
 def _not_storable(reason: str) -> NotStorableError:
-    return NotStorableError(f"a value can't be stored as JSON: {reason}")
+    return NotStorableError(f"a value can't be stored: {reason}")
