@@ -14,6 +14,7 @@ from watchfiles import Change, PythonFilter, awatch
 
 from autoflow_worker.database import init_db
 from autoflow_worker.embedded import embedded_postgres, embedded_redis
+from autoflow_worker.logs import configure_logging
 from autoflow_worker.settings import Settings
 from autoflow_worker.signals import stop_on_signals
 
@@ -40,6 +41,8 @@ def run_dev(*, tasks: str | None = None, queues: str | None = None) -> int:
     command = [sys.executable, "-m", "autoflow_worker", "start", "--until-stdin-closes"]
     command += ["--tasks", tasks] if tasks else []
     command += ["--queues", queues] if queues else []
+    # The worker speaks for itself; this process only says what it does.
+    configure_logging("error")
     with _servers() as urls:
         supervisor = _Supervisor(command, os.environ | urls, settings.worker_shutdown_grace)
         return asyncio.run(supervisor.run())

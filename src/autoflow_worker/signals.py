@@ -52,10 +52,10 @@ def stop_on_signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
     def on_signal(number: int) -> None:
         name = signal.Signals(number).name
         if stop.is_set():
-            log.warning("stopping_at_once", signal=name)
+            log.warning("second_signal_received", signal=name)
             abort.set()
         else:
-            log.info("stopping", signal=name)
+            log.info("signal_received", signal=name)
             stop.set()
 
     previous = {number: signal.getsignal(number) for number in SIGNALS}

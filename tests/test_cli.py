@@ -1,0 +1,220 @@
+"""The commands as processes: exit codes, messages, and what holds up an exit."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.database import Database, other_database
+from tests.support.process import WorkerProcess, WorkerStarter
+
+GOOD_TASKS = """
+    from autoflow_worker import define_task
+
+    async def handler(payload, ctx): ...
+
+    tasks = [define_task("mails", handler), define_task("reports", handler)]
+"""
+UNREACHABLE = {"REDIS_URL": "redis://127.0.0.1:1", "WORKER_STARTUP_TIMEOUT": "0.2"}
+NOTHING: dict[str, Any] = dict.fromkeys(
+    ["REDIS_URL", "DATABASE_URL", "BULLMQ_PREFIX", "LOG_FORMAT"]
+)
+
+
+async def one_message(worker: WorkerProcess, code: int) -> str:
+    """The message of a worker that ends with this exit code; it has to be the only one."""
+    assert await worker.wait() == code, worker.report()
+    assert "Traceback" not in worker.stderr + worker.stdout
+    assert worker.stderr.count("autoflow-worker: ") == 1, worker.report()
+    return worker.stderr.removeprefix("autoflow-worker: ")
+
+
+async def test_start_with_nothing_set(worker_process: WorkerStarter) -> None:
+    message = await one_message(worker_process(None, **NOTHING), 2)
+    assert "REDIS_URL is not set" in message
+    assert "DATABASE_URL is not set" in message
+
+
+async def test_start_without_a_task_list(worker_process: WorkerStarter) -> None:
+    assert "no module 'tasks_config'" in await one_message(worker_process(None), 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("tasks = [", "tasks = ["), None),
+        (('"reports"', '"mails"'), "two tasks have the queue 'mails'"),
+        (('"reports", handler', '"reports", "handler"'), "task 'reports': handler must be"),
+        (("import define_task", "import define_tsak"), "cannot import name 'define_tsak'"),
+        (("tasks =", "other ="), "no attribute 'tasks'"),
+    ],
+)
+async def test_start_with_a_task_list_that_can_not_work(
+    worker_process: WorkerStarter, change: tuple[str, str], reason: str | None
+) -> None:
+    worker = worker_process(GOOD_TASKS.replace(*change))
+    if reason is not None:
+        assert reason in await one_message(worker, 2)
+        return
+    started = await worker.until_logged("worker_started")
+    assert started["queues"] == ["mails", "reports"]
+    worker.terminate()
+    assert await worker.wait() == 0
+    assert worker.stderr == ""
+
+
+async def test_start_with_an_unreachable_redis(worker_process: WorkerStarter) -> None:
+    message = await one_message(worker_process(GOOD_TASKS, **UNREACHABLE), 3)
+    assert "Redis can't be reached" in message
+
+
+async def test_start_with_a_database_that_is_not_there(
+    worker_process: WorkerStarter, database_url: str
+) -> None:
+    url = other_database(database_url, "nothing").replace("postgres@", "postgres:S3cr3t@")
+    message = await one_message(worker_process(GOOD_TASKS, DATABASE_URL=url), 3)
+    assert '"nothing" does not exist' in message
+    assert "S3cr3t" not in message
+
+
+async def test_start_without_the_table(worker_process: WorkerStarter, db: Database) -> None:
+    await db.execute("DROP TABLE tasks")
+    assert "no table 'tasks'" in await one_message(worker_process(GOOD_TASKS), 3)
+
+
+async def test_start_takes_the_command_line_before_the_environment(
+    worker_process: WorkerStarter,
+) -> None:
+    worker = worker_process(
+        GOOD_TASKS,
+        *("--tasks", "tasks_config:tasks", "--queues", "reports"),
+        TASKS_CONFIG="nowhere:tasks",
+        WORKER_QUEUES="mails",
+    )
+    assert (await worker.until_logged("worker_started"))["queues"] == ["reports"]
+    worker.send(signal.SIGINT)
+    assert await worker.wait() == 0
+
+
+async def test_a_signal_during_the_imports_is_a_clean_stop(worker_process: WorkerStarter) -> None:
+    worker = worker_process(
+        """
+        import os, signal
+        from autoflow_worker import define_task
+
+        async def handler(payload, ctx): ...
+
+        tasks = [define_task("mails", handler)]
+        os.kill(os.getpid(), signal.SIGTERM)
+        """
+    )
+    assert await worker.wait() == 0
+    assert worker.logged("signal_received")
+
+
+async def test_a_closed_output_does_not_hold_the_worker(
+    worker_process: WorkerStarter, db: Database, tmp_path: Path
+) -> None:
+    (tmp_path / "tasks_config.py").write_text("")
+    for stdout in (">&-", "| true"):
+        command = f"{sys.executable} -m autoflow_worker check --tasks nowhere:tasks 2>&- {stdout}"
+        process = await asyncio.create_subprocess_shell(
+            f"{command}; exit 0", cwd=tmp_path, env=os.environ | worker_process.env
+        )
+        assert await process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import threading, time; threading.Thread(target=time.sleep, args=[600]).start()",
+        "import atexit, time; atexit.register(time.sleep, 600)",
+    ],
+    ids=["thread", "exit hook"],
+)
+async def test_nothing_holds_the_exit(worker_process: WorkerStarter, text: str) -> None:
+    worker = worker_process(GOOD_TASKS + f"\n    {text}\n")
+    await worker.until_logged("worker_started")
+    worker.terminate()
+    assert await worker.wait() == 0
+
+
+async def test_check_when_all_is_well(worker_process: WorkerStarter) -> None:
+    worker = worker_process(GOOD_TASKS, command="check")
+    assert await worker.wait() == 0, worker.report()
+    lines = worker.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["settings", "task", "Redis", "PostgreSQL"]
+    assert all(" ok " in line for line in lines)
+    assert "2 tasks in 'tasks_config:tasks': mails, reports" in lines[1]
+    assert worker.stderr == ""
+
+
+async def test_check_tells_everything_that_is_wrong(
+    worker_process: WorkerStarter, db: Database
+) -> None:
+    await db.execute("DROP TABLE tasks")
+    worker = worker_process("tasks = []", command="check", REDIS_URL="redis://:S3cr3t@127.0.0.1:1")
+    assert await worker.wait() == 2
+    settings, tasks, redis, postgres = worker.stdout.splitlines()
+    assert " ok " in settings
+    assert " failed " in tasks
+    assert "is empty" in tasks
+    assert "Redis can't be reached" in redis
+    assert "no table 'tasks'" in postgres
+    assert "S3cr3t" not in worker.stdout + worker.stderr
+
+
+async def test_check_leaves_out_what_the_settings_rule_out(worker_process: WorkerStarter) -> None:
+    worker = worker_process(GOOD_TASKS, command="check", REDIS_URL="http://x", LOG_LEVEL="loud")
+    assert await worker.wait() == 2
+    assert "LOG_LEVEL='loud'" in worker.stdout
+    assert "skipped  REDIS_URL is missing or wrong" in worker.stdout
+    assert "ok       PostgreSQL" not in worker.stdout.split("skipped")[0]
+    assert "PostgreSQL  ok" in worker.stdout
+
+
+async def test_check_ends_with_the_code_of_the_first_failure(
+    worker_process: WorkerStarter,
+) -> None:
+    worker = worker_process(GOOD_TASKS, command="check", **UNREACHABLE)
+    assert await worker.wait() == 3
+
+
+async def test_init_db(worker_process: WorkerStarter, db: Database) -> None:
+    await db.execute("DROP TABLE tasks")
+    for _ in range(2):
+        worker = worker_process(command="init-db", REDIS_URL=None)
+        assert await worker.wait() == 0, worker.report()
+    assert await db.rows() == {}
+    worker = worker_process(command="init-db", DATABASE_URL="postgresql://x:S3cr3t@127.0.0.1:1/x")
+    message = await one_message(worker, 3)
+    assert "PostgreSQL can't be reached" in message
+    assert "S3cr3t" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--help"], 0, "init-db"),
+        (["start", "-h"], 0, "--queues"),
+        (["--version"], 0, "autoflow-worker"),
+        (["strat"], 2, "Did you mean"),
+        (["start", "--nothing"], 2, "--nothing"),
+        (["schedule"], 2, "Missing argument"),
+    ],
+)
+def test_words_on_the_command_line(arguments: list[str], code: int, text: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "autoflow_worker", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert text in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

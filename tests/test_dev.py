@@ -1,0 +1,69 @@
+"""The dev command: embedded servers, hot reload, and an end that leaves nothing behind."""
+
+import signal
+from pathlib import Path
+from textwrap import dedent
+
+import psutil
+
+from tests.support.process import WorkerProcess, WorkerStarter
+from tests.support.until import until
+
+TASKS = """
+    from autoflow_worker import define_task
+
+    async def handler(payload, ctx): ...
+
+    tasks = [define_task("{queue}", handler)]
+"""
+
+
+async def running_queue(dev: WorkerProcess, queue: str) -> None:
+    """Wait until a worker serves this queue."""
+
+    def seen() -> bool:
+        assert dev.running, dev.report()
+        return [queue] in [entry["queues"] for entry in dev.logged("worker_started")]
+
+    await until(seen, 30, message=dev.report)
+
+
+async def test_a_change_starts_the_worker_again(
+    worker_process: WorkerStarter, tmp_path: Path
+) -> None:
+    dev = worker_process(TASKS.format(queue="one"), command="dev")
+    await running_queue(dev, "one")
+    tasks_config = tmp_path / "tasks_config.py"
+    tasks_config.write_text("tasks = [")
+    await until(lambda: "exit code 2; waiting for a change" in dev.stderr, message=dev.report)
+    assert "SyntaxError" in dev.stderr
+    assert "Traceback" not in dev.stderr
+    tasks_config.write_text("tasks = []")
+    await until(lambda: dev.stderr.count("exit code 2; waiting") == 2, message=dev.report)
+    tasks_config.write_text(dedent(TASKS.format(queue="two")))
+    await running_queue(dev, "two")
+    dev.send(signal.SIGINT)
+    assert await dev.wait() == 0
+
+
+async def test_servers_and_worker_end_with_it(worker_process: WorkerStarter) -> None:
+    dev = worker_process(
+        TASKS.format(queue="one"), command="dev", REDIS_URL=None, DATABASE_URL=None
+    )
+    await running_queue(dev, "one")
+    family = psutil.Process(dev.pid).children(recursive=True)
+    assert {"valkey-server", "postgres"} <= {process.name() for process in family}
+    dev.kill()
+    await until(lambda: not any(map(_alive, family)), message=lambda: str(family))
+
+
+async def test_wrong_settings_are_told_at_once(worker_process: WorkerStarter) -> None:
+    dev = worker_process(command="dev", WORKER_CONCURRENCY="many", REDIS_URL=None)
+    assert await dev.wait() == 2
+    assert "WORKER_CONCURRENCY='many'" in dev.stderr
+    assert "REDIS_URL" not in dev.stderr
+
+
+def _alive(process: psutil.Process) -> bool:
+    # Where nobody reaps orphans they stay as zombies.
+    return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
