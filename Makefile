@@ -58,14 +58,14 @@ format: $(INSTALLED) ## format the code, and mend what can be mended
 types: $(INSTALLED) ## check the types, strictly
 	$(BIN)/mypy $(CODE)
 
-docker-build: ## build the image (IMAGE=name)
-	docker build --tag $(IMAGE) .
+docker-build: ## build the image (IMAGE=name, BASE_IMAGE=python:3.13-slim)
+	docker build --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) .
 
 docker-run: ## run the image with Redis and PostgreSQL beside it
 	docker compose up --build
 
 image-test: $(INSTALLED) ## build the image without Docker, run jobs through it, stop it (Debian, root)
-	scripts/image-test
+	$(BIN)/python -m scripts.image_test
 
 bench: $(INSTALLED) $(NODE_INSTALLED) ## measure jobs per second
 	$(BIN)/python -m bench
