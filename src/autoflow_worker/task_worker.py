@@ -304,15 +304,7 @@ class TaskWorker:
         row_id = record.row_id(queue, claim.id)
         new_row = None
         if self._record_unknown_jobs:
-            job = claim.job
-            new_row = partial(
-                record.unknown_job_row,
-                queue=queue,
-                data=job.data,
-                opts=job.opts,
-                timestamp_ms=job.timestamp,
-                now_ms=_now_ms(),
-            )
+            new_row = partial(record.unknown_job_row, queue, claim.job)
         return JobHistory(self._recorder, row_id, queue, new_row)
 
     async def _process(self, claim: Claim, history: JobHistory, owner: str) -> Reply:
@@ -394,7 +386,7 @@ class TaskWorker:
             patch = record.failed_patch(now_ms=now_ms, attempt=claim.attempt, error=failure)
         elif delay_ms > 0:
             patch = record.delayed_patch(
-                now_ms=now_ms, until_ms=now_ms + delay_ms, attempt=claim.attempt, error=failure
+                until_ms=now_ms + delay_ms, attempt=claim.attempt, error=failure
             )
         else:
             patch = record.pending_patch(attempt=claim.attempt, error=failure)
