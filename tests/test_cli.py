@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from tests.support.database import Database, other_database
+from tests.support.node import Node
 from tests.support.process import WorkerProcess, WorkerStarter
+from tests.support.until import until
 
 GOOD_TASKS = """
     from autoflow_worker import define_task
@@ -142,6 +144,41 @@ async def test_nothing_holds_the_exit(worker_process: WorkerStarter, text: str) 
     await worker.until_logged("worker_started")
     worker.terminate()
     assert await worker.wait() == 0
+
+
+async def test_handlers_that_do_not_end_do_not_hold_the_exit(
+    worker_process: WorkerStarter, node5: Node
+) -> None:
+    worker = worker_process(
+        """
+        import asyncio, time
+        from autoflow_worker import define_task
+
+        async def stubborn(payload, ctx):
+            ctx.logger.info("running")
+            while True:
+                try:
+                    await asyncio.sleep(600)
+                except asyncio.CancelledError:
+                    pass
+
+        async def threaded(payload, ctx):
+            ctx.logger.info("running")
+            await asyncio.to_thread(time.sleep, 600)
+
+        def blocking(payload, ctx):
+            ctx.logger.info("running")
+            time.sleep(600)
+
+        tasks = [define_task(f.__name__, f) for f in (stubborn, threaded, blocking)]
+        """,
+        WORKER_SHUTDOWN_GRACE="0.1",
+    )
+    for queue in ("stubborn", "threaded", "blocking"):
+        await node5.schedule(queue)
+    await until(lambda: len(worker.logged("running")) == 3, message=worker.report)
+    worker.terminate()
+    assert await worker.wait() == 4
 
 
 async def test_check_when_all_is_well(worker_process: WorkerStarter) -> None:

@@ -93,15 +93,12 @@ def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") ->
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on uvloop where there is one, and leave what it left behind.
+    """Run a coroutine, on uvloop where there is one.
 
-    A handler that swallows its cancellation would keep ``asyncio.run`` from ever returning.
+    The loop is not closed: that waits for handlers which swallow their cancellation, and for the
+    threads of those that called ``asyncio.to_thread``. The process ends next, and they with it.
     """
-    runner = asyncio.Runner(loop_factory=_loop_factory())
-    result = runner.run(main)
-    if not asyncio.all_tasks(runner.get_loop()):
-        runner.close()
-    return result
+    return asyncio.Runner(loop_factory=_loop_factory()).run(main)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

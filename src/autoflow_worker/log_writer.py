@@ -20,13 +20,14 @@ class LogWriter:
         self._waiting: deque[str | threading.Event] = deque()
         self._dropped = 0
         self._wake = threading.Event()
-        self._starting = threading.Lock()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def msg(self, line: str) -> None:
         """Queue one line; never blocks, never raises."""
         if len(self._waiting) >= MAX_WAITING_LINES:
-            self._dropped += 1
+            with self._lock:
+                self._dropped += 1
             return
         self._put(line)
 
@@ -49,7 +50,7 @@ class LogWriter:
             self._wake.set()
 
     def _start(self) -> None:
-        with self._starting:
+        with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
                 self._thread.start()
@@ -66,8 +67,9 @@ class LogWriter:
         batch = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
         lines = [item for item in batch if isinstance(item, str)]
         if self._dropped:
-            lines.append(f"... {self._dropped} log lines dropped: the output was blocked")
-            self._dropped = 0
+            with self._lock:
+                dropped, self._dropped = self._dropped, 0
+            lines.append(f"... {dropped} log lines dropped: the output was blocked")
         if lines:
             self._write("\n".join(lines) + "\n")
         for item in batch:

@@ -16,7 +16,7 @@ import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 from autoflow_worker.log_writer import LogWriter
-from autoflow_worker.masking import mask_secrets
+from autoflow_worker.masking import MASK, mask_secrets
 
 if TYPE_CHECKING:
     from autoflow_worker.settings import LogFormat, LogLevel
@@ -128,8 +128,18 @@ def _masked(value: Any) -> Any:
     if isinstance(value, list):
         return [_masked(item) for item in value]
     if isinstance(value, dict):
-        return {mask_secrets(key): _masked(item) for key, item in value.items()}
+        return {
+            mask_secrets(key): MASK
+            if _names_secret(key) and isinstance(item, str)
+            else _masked(item)
+            for key, item in value.items()
+        }
     return value
+
+
+def _names_secret(key: str) -> bool:
+    pair = f'"{key}": ""'
+    return mask_secrets(pair) != pair
 
 
 def _console(stream: IO[str] | None) -> Callable[[EventDict], str]:

@@ -29,6 +29,10 @@ def mask_secrets(text: str) -> str:
 
     Where a text can be read in two ways, more of it is masked, not less.
     """
+    lower = text.lower()
+    # Most texts hold nothing of the kind, and this costs a fifth of the search.
+    if "://" not in lower and "pass" not in lower and "pwd" not in lower:
+        return text
     return _PATTERN.sub(_masked, text)
 
 

@@ -130,8 +130,11 @@ def test_passwords_are_masked_wherever_they_are() -> None:
     assert entry["url"] == "postgresql://user:***@h/db"
     assert entry["deep"]["list"][0] == "postgresql://user:***@h/db"
     assert entry["n"] == 5
+    CONTEXT.logger.info("one", password="S3cr3t", deep=[{"db_password": "S3cr3t", "n": 1}])
+    assert "S3cr3t" not in lines.text
+    assert lines.entries[1]["deep"] == [{"db_password": "***", "n": 1}]
     CONTEXT.logger.info("two", a="x://host:", b='"@')  # as one line: a URL with a password
-    assert lines.entries[1]["b"] == '"@'
+    assert lines.entries[2]["b"] == '"@'
 
 
 class Hostile:
@@ -236,8 +239,9 @@ async def test_a_blocked_output_blocks_nobody(pipe: Pipe) -> None:
     text = b"".join(received).decode().splitlines()
     assert text[0].strip() == "0"
     assert text[-1] == "last"
-    [dropped] = [line for line in text if "dropped" in line]
-    assert int(dropped.split()[1]) + len(text) - 2 == lines
+    dropped = [int(line.split()[1]) for line in text if "dropped" in line]
+    assert dropped
+    assert sum(dropped) + len(text) - len(dropped) - 1 == lines
 
 
 def test_an_output_without_reader_is_given_up(pipe: Pipe) -> None:
