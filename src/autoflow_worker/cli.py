@@ -214,6 +214,36 @@ def init_db() -> int:
     return 0
 
 
+@cli.command()
+@click.option("--fix", is_flag=True, help="Write what BullMQ knows into the rows that differ.")
+def reconcile(fix: bool) -> int:
+    """Compare the rows that are not finished with their jobs in BullMQ.
+
+    A job that is gone from Redis is reported, and its row left alone. The exit code is 1 if
+    differences are left.
+    """
+    from autoflow_worker.reconcile import reconcile as compare
+    from autoflow_worker.reconcile import report
+    from autoflow_worker.redis_client import PipelinedRedis
+    from autoflow_worker.settings import Settings
+
+    settings = Settings.load(needs={"redis_url", "database_url"})
+    configure_logging("error")
+
+    async def run() -> int:
+        redis = PipelinedRedis(settings.redis_url.get_secret_value())
+        try:
+            await redis.open(settings.worker_startup_timeout)
+            database_url = settings.database_url.get_secret_value()
+            found = await compare(redis, database_url, settings.bullmq_prefix, fix=fix)
+        finally:
+            await redis.aclose()
+        click.echo(report(found))
+        return 0 if all(difference.fixed for difference in found) else 1
+
+    return run_async(run())
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code."""
     _leave(_exit_code(argv))

@@ -57,7 +57,7 @@ async def init_db(url: str, *, patience: float = CONNECT_TIMEOUT) -> None:
         DatabaseUnfitError: it refuses to create them.
     """
     statements = files("autoflow_worker").joinpath("schema.sql").read_text(encoding="utf-8")
-    async with _connection(url, patience) as connection:
+    async with connection_to(url, patience) as connection:
         # IF NOT EXISTS does not keep two of these from colliding.
         await connection.execute(
             "SELECT pg_advisory_xact_lock(hashtext('autoflow-worker init-db'))"
@@ -77,7 +77,7 @@ async def inspect_tasks_table(url: str, *, patience: float = CONNECT_TIMEOUT) ->
         DatabaseUnfitError: it is too old or read-only, or the table is missing, of another shape,
             or not for this user to write; the message names all of it.
     """
-    async with _connection(url, patience) as connection:
+    async with connection_to(url, patience) as connection:
         try:
             async with asyncio.timeout(patience):
                 described = await (await connection.execute(_DESCRIBE)).fetchone()
@@ -117,7 +117,7 @@ def _faults(described: TupleRow, types: Mapping[str, str]) -> tuple[str, list[st
 
 
 @asynccontextmanager
-async def _connection(
+async def connection_to(
     url: str, patience: float
 ) -> AsyncIterator[psycopg.AsyncConnection[TupleRow]]:
     try:

@@ -58,6 +58,11 @@ def shorten_reason(reason: str) -> str:
     return _presentable(reason, MAX_REASON)
 
 
+def shorten_stack_trace(text: str) -> str:
+    """Return a stack trace that came as text, cleaned, masked and cut to `MAX_STACK_TRACE`."""
+    return _presentable(text, MAX_STACK_TRACE)
+
+
 def stack_trace_of(error: BaseException) -> str:
     """Return the stack trace as Python prints it, causes first, cut to `MAX_STACK_TRACE`."""
     text = "\n".join(_Tracer().chain(error))

@@ -95,6 +95,7 @@ class Channel:
         self._silent_since = 0.0
         self._patience = REPLY_PATIENCE
         self._closing = False
+        self._misled = False
         self.client_id = 0
         self.died: asyncio.Future[None] = self._loop.create_future()
 
@@ -152,7 +153,7 @@ class Channel:
             redis.exceptions.ConnectionError: there is no connection, or it broke before the reply.
             redis.exceptions.ResponseError: the server's own error.
         """
-        if self._link is None:
+        while self._link is None:
             await self._await_connection()
         packed = _pack(args)
         if not self._outbox:
@@ -230,7 +231,8 @@ class Channel:
         if not self._closing:
             self._log("redis_connection_lost", reason=str(reason))
             # A server that answers at once, but wrongly, must not be asked in a tight loop.
-            pause = RETRY_PAUSE_MAX / 2 if isinstance(reason, WrongServerError) else 0.0
+            self._misled = isinstance(reason, WrongServerError)
+            pause = RETRY_PAUSE_MAX / 2 if self._misled else 0.0
             self._connector = self._loop.create_task(self._reconnect(pause))
             self._connector.add_done_callback(self._note_end)
 
@@ -256,15 +258,20 @@ class Channel:
         connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         connection.client_name = self._client_name
         try:
-            await connection.connect()
+            await connection.connect()  # type: ignore[no-untyped-call]
             # A server that is loading accepts connections and refuses everything else.
             await connection.send_command("PING")
             await connection.read_response()
+            if self._misled:
+                await _refuse_replica(connection)
             await connection.send_command("CLIENT", "ID")
-            self.client_id = int(await connection.read_response())
+            client_id = await connection.read_response()
+            if not isinstance(client_id, int):
+                raise InvalidResponse(f"this is no Redis server: its client's id is {client_id!r}")
+            self.client_id = client_id
             self._link = _Link(connection, self)
         except BaseException:
-            connection._close()
+            connection._close()  # type: ignore[no-untyped-call]
             raise
         self._connected.set()
 
@@ -383,6 +390,20 @@ class PipelinedRedis(Redis):
         return reply if callback is None else callback(reply, **options)
 
 
+async def _refuse_replica(connection: AbstractConnection) -> None:
+    """Raise `WrongServerError` if this is a replica: a connection to one brings no more than errors.
+
+    Only asked where a server has sent us away before: it takes a round trip.
+    """
+    await connection.send_command("INFO", "replication")
+    try:
+        role = str(await connection.read_response())
+    except NoPermissionError:
+        return
+    if "role:slave" in role:
+        raise WrongServerError("the server is a replica")
+
+
 def _reply_error(text: str) -> Exception:
     """The exception for an error reply; what another connection or time could mend is told apart."""
     match = _ERROR_CODE.match(text)
@@ -401,5 +422,7 @@ def _pack(args: tuple[Any, ...]) -> bytes:
     try:
         return bytes(hiredis.pack_command(args))
     except UnicodeEncodeError:
-        encoded = (a.encode(errors="surrogateescape") if isinstance(a, str) else a for a in args)
+        encoded: list[Any] = [
+            arg.encode(errors="surrogateescape") if isinstance(arg, str) else arg for arg in args
+        ]
         return bytes(hiredis.pack_command(tuple(encoded)))

@@ -22,7 +22,7 @@ ORDER = """
     job_history task_worker
     scheduler
     signals service
-    postgres_cluster embedded check dev demo
+    postgres_cluster embedded check reconcile dev demo
     __init__
     cli __main__
 """.split()  # noqa: SIM905 - one row for each layer
@@ -30,10 +30,12 @@ ORDER = """
 # Who may import what; everyone else goes through these.
 DRIVERS = {
     # recorder writes the rows; database makes and judges the table before there is a recorder;
-    # connection_urls asks libpq whether it can read a URL; scheduler inserts the row of a new job.
-    "psycopg": {"recorder", "database", "connection_urls", "scheduler"},
-    # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker.
-    "bullmq": {"task", "job_queue", "task_worker", "scheduler"},
+    # connection_urls asks libpq whether it can read a URL; scheduler inserts the row of a new job;
+    # reconcile reads rows that no worker is writing.
+    "psycopg": {"recorder", "database", "connection_urls", "scheduler", "reconcile"},
+    # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker;
+    # reconcile only reads jobs.
+    "bullmq": {"task", "job_queue", "scheduler", "reconcile"},
     "hiredis": {"redis_client"},
     "watchfiles": {"dev"},
     "rich": {"demo"},
