@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -119,16 +120,32 @@ async def test_a_signal_during_the_imports_is_a_clean_stop(worker_process: Worke
     assert worker.logged("signal_received")
 
 
-async def test_a_closed_output_does_not_hold_the_worker(
-    worker_process: WorkerStarter, db: Database, tmp_path: Path
+async def test_a_closed_output_does_not_end_the_worker(
+    worker_process: WorkerStarter, db: Database, node5: Node, tmp_path: Path
 ) -> None:
-    (tmp_path / "tasks_config.py").write_text("")
-    for stdout in (">&-", "| true"):
-        command = f"{sys.executable} -m autoflow_worker check --tasks nowhere:tasks 2>&- {stdout}"
-        process = await asyncio.create_subprocess_shell(
-            f"{command}; exit 0", cwd=tmp_path, env=os.environ | worker_process.env
+    (tmp_path / "tasks_config.py").write_text(
+        dedent(
+            """
+            from autoflow_worker import define_task
+
+            async def handler(payload, ctx):
+                ctx.logger.info("a_line")
+                print("another")
+
+            tasks = [define_task("mails", handler)]
+            """
         )
-        assert await process.wait() == 0
+    )
+    task_id = await db.insert_task("mails")
+    await node5.schedule("mails", task_id=task_id)
+    process = await asyncio.create_subprocess_exec(
+        *("/bin/sh", "-c", f"exec {sys.executable} -m autoflow_worker start >&- 2>&-"),
+        cwd=tmp_path,
+        env=os.environ | worker_process.env,
+    )
+    await db.until_status(task_id, "completed")
+    process.terminate()
+    assert await process.wait() == 0
 
 
 @pytest.mark.parametrize(

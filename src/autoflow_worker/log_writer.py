@@ -7,7 +7,7 @@ from collections import deque
 from typing import IO
 
 #: Lines that may wait for a blocked output; those beyond are dropped and counted.
-MAX_WAITING_LINES = 10_000
+MAX_WAITING_LINES = 5_000
 _BATCH = 500
 
 
