@@ -1,17 +1,19 @@
 """Builds the image without Docker, runs jobs through it and stops it: `make image-test`."""
 
 import asyncio
+import os
+import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from autoflow_worker.embedded import embedded_postgres, embedded_redis
 from scripts.image_test.build import Builder, BuildError, require_tools
 from scripts.image_test.contents import check_configuration, check_contents
-from scripts.image_test.jobs import TASKS, Runs, check_faults, check_jobs
+from scripts.image_test.jobs import Runs, check_faults, check_jobs
+
+TASK_LIST = Path(__file__).parent / "tasks" / "tasks_config.py"
 
 
 def main() -> int:
@@ -20,8 +22,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         require_tools()
-        with _folder() as folder:
-            _test(folder)
+        # /tmp is often small, and kept in memory.
+        with tempfile.TemporaryDirectory(prefix="autoflow-image-test-", dir="/var/tmp") as folder:
+            _test(Path(folder), _readable_copy(Path(folder)))
+    except KeyboardInterrupt:
+        print("image-test: interrupted", file=sys.stderr)
     except BuildError as error:
         print(f"image-test: {error}", file=sys.stderr)
     except AssertionError as error:
@@ -32,14 +37,16 @@ def main() -> int:
     return 1
 
 
-@contextmanager
-def _folder() -> Iterator[Path]:
-    # /tmp is often small, and kept in memory.
-    with tempfile.TemporaryDirectory(prefix="autoflow-image-test-", dir="/var/tmp") as folder:
-        yield Path(folder)
+def _readable_copy(folder: Path) -> Path:
+    """Copy the task list to where the image's user can read it, whatever the clone's umask was."""
+    os.umask(0o022)
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    shutil.copyfile(TASK_LIST, tasks / TASK_LIST.name)
+    return tasks
 
 
-def _test(folder: Path) -> None:
+def _test(folder: Path, tasks: Path) -> None:
     builder = Builder(folder / "images")
     try:
         _say("making a base image of Debian with Python")
@@ -47,13 +54,14 @@ def _test(folder: Path) -> None:
         _say("building the Dockerfile")
         image = builder.build_worker()
         _say("building an image FROM it, with a task list")
-        derived = builder.build_derived(TASKS)
+        derived = builder.build_derived(tasks)
         _say("checking what is in it")
         check_configuration(image)
         check_configuration(derived)
         check_contents(image)
         with embedded_redis() as redis_url, embedded_postgres() as database_url:
-            runs = Runs(folder, {"REDIS_URL": redis_url, "DATABASE_URL": database_url})
+            urls = {"REDIS_URL": redis_url, "DATABASE_URL": database_url}
+            runs = Runs(folder, tasks, urls)
             try:
                 _say("starting it with wrong settings")
                 asyncio.run(check_faults(runs, image))

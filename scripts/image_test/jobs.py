@@ -6,7 +6,7 @@ from typing import Any
 
 import psycopg
 
-from autoflow_worker import TaskScheduler
+from autoflow_worker.scheduler import TaskScheduler
 from scripts.image_test.build import Image
 from scripts.image_test.container import Container
 from scripts.image_test.tasks.tasks_config import (
@@ -19,7 +19,6 @@ from scripts.image_test.tasks.tasks_config import (
 from tests.support.database import Database, check_rows
 from tests.support.until import until
 
-TASKS = Path(__file__).parent / "tasks"
 JOBS = 100
 NOBODY_LISTENS = "redis://127.0.0.1:1/0"
 
@@ -28,10 +27,12 @@ class Runs:
     """Starts containers, and ends those that are left.
 
     Attributes:
+        tasks: the folder with the task list.
         urls: the variables of the two servers.
     """
 
-    def __init__(self, folder: Path, urls: dict[str, str]) -> None:
+    def __init__(self, folder: Path, tasks: Path, urls: dict[str, str]) -> None:
+        self.tasks = tasks
         self.urls = urls
         self._folder = folder
         self._started: list[Container] = []
@@ -51,12 +52,12 @@ class Runs:
 
 async def check_faults(runs: Runs, image: Image) -> None:
     """One message and the right exit code for each thing that is missing; then nothing is."""
-    await _refuses(runs.start(image, {}, tasks=TASKS), 2, "REDIS_URL", "DATABASE_URL")
+    await _refuses(runs.start(image, {}, tasks=runs.tasks), 2, "REDIS_URL", "DATABASE_URL")
     await _refuses(runs.start(image), 2, "tasks_config")
-    await _refuses(runs.start(image, tasks=TASKS), 3, "no table 'tasks'")
+    await _refuses(runs.start(image, tasks=runs.tasks), 3, "no table 'tasks'")
     away = {**runs.urls, "REDIS_URL": NOBODY_LISTENS, "WORKER_STARTUP_TIMEOUT": "1"}
     await _succeeds(runs, image, "init-db")
-    await _refuses(runs.start(image, away, tasks=TASKS), 3, "Redis")
+    await _refuses(runs.start(image, away, tasks=runs.tasks), 3, "Redis")
     await _succeeds(runs, image, "check")
 
 
@@ -68,7 +69,7 @@ async def _refuses(container: Container, exit_code: int, *words: str) -> None:
 
 
 async def _succeeds(runs: Runs, image: Image, *command: str) -> None:
-    container = runs.start(image, tasks=TASKS, command=["autoflow-worker", *command])
+    container = runs.start(image, tasks=runs.tasks, command=["autoflow-worker", *command])
     assert await container.ended() == 0, container.output
 
 
@@ -77,11 +78,12 @@ async def check_jobs(runs: Runs, image: Image, derived: Image) -> None:
     url = runs.urls["DATABASE_URL"]
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         database = Database(url, connection)
-        worker = runs.start(image, tasks=TASKS)
+        worker = runs.start(image, tasks=runs.tasks)
         await worker.until_logged("worker_started")
         await _jobs_of_each_kind(runs, image, database)
         left = await _stopped_at_work(runs, worker, database)
         successor = runs.start(derived)
+        await successor.until_logged("worker_started")
         await _until(database, left, "completed")
         await _stops(successor)
     await check_rows(url)
