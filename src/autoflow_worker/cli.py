@@ -17,6 +17,7 @@ from autoflow_worker import __version__
 from autoflow_worker.errors import WorkerError
 from autoflow_worker.logs import configure_logging, flush_logs
 from autoflow_worker.masking import mask_secrets
+from autoflow_worker.retry import MAX_DELAY_MS
 
 if TYPE_CHECKING:
     from autoflow_worker.settings import Settings
@@ -151,7 +152,7 @@ def check(tasks: str | None, queues: str | None) -> int:
 @click.argument("queue")
 @click.argument("payload", metavar="JSON")
 @click.option("--tasks", metavar="MODULE:ATTRIBUTE", help="The task list, as for start.")
-@click.option("--delay-ms", type=click.IntRange(min=0), help="Run it that much later.")
+@click.option("--delay-ms", type=click.IntRange(0, MAX_DELAY_MS), help="Run it that much later.")
 @click.option("--user-id", help="Whose task it is.")
 @click.option("--correlation-id", help="Passed on to the handler. [default: generated]")
 def schedule(  # noqa: PLR0917 - click passes them by name

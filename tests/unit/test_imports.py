@@ -20,7 +20,7 @@ ORDER = """
     recorder database
     redis_client fitness job_queue
     job_history task_worker
-    scheduler
+    new_rows scheduler
     signals service
     postgres_cluster embedded check reconcile dev demo
     __init__
@@ -32,7 +32,7 @@ DRIVERS = {
     # recorder writes the rows; database makes and judges the table before there is a recorder;
     # connection_urls asks libpq whether it can read a URL; scheduler inserts the row of a new job;
     # reconcile reads rows that no worker is writing.
-    "psycopg": {"recorder", "database", "connection_urls", "scheduler", "reconcile"},
+    "psycopg": {"recorder", "database", "connection_urls", "new_rows", "reconcile"},
     # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker;
     # reconcile only reads jobs.
     "bullmq": {"task", "job_queue", "scheduler", "reconcile"},
