@@ -264,11 +264,7 @@ class Channel:
             await connection.read_response()
             if self._misled:
                 await _refuse_replica(connection)
-            await connection.send_command("CLIENT", "ID")
-            client_id = await connection.read_response()
-            if not isinstance(client_id, int):
-                raise InvalidResponse(f"this is no Redis server: its client's id is {client_id!r}")
-            self.client_id = client_id
+            self.client_id = await _id_of(connection)
             self._link = _Link(connection, self)
         except BaseException:
             connection._close()  # type: ignore[no-untyped-call]
@@ -390,10 +386,18 @@ class PipelinedRedis(Redis):
         return reply if callback is None else callback(reply, **options)
 
 
-async def _refuse_replica(connection: AbstractConnection) -> None:
-    """Raise `WrongServerError` if this is a replica: a connection to one brings no more than errors.
+async def _id_of(connection: AbstractConnection) -> int:
+    await connection.send_command("CLIENT", "ID")
+    client_id = await connection.read_response()
+    if not isinstance(client_id, int):
+        raise InvalidResponse(f"this is no Redis server: its client's id is {client_id!r}")
+    return client_id
 
-    Only asked where a server has sent us away before: it takes a round trip.
+
+async def _refuse_replica(connection: AbstractConnection) -> None:
+    """Raise `WrongServerError` if this is a replica: a connection to it brings only errors.
+
+    Asked only where a server has sent us away before: it takes a round trip.
     """
     await connection.send_command("INFO", "replication")
     try:
@@ -405,7 +409,7 @@ async def _refuse_replica(connection: AbstractConnection) -> None:
 
 
 def _reply_error(text: str) -> Exception:
-    """The exception for an error reply; what another connection or time could mend is told apart."""
+    """The exception for an error reply; what another server or time could mend is told apart."""
     match = _ERROR_CODE.match(text)
     code = match.group(1) if match else ""
     if code in _WRONG_SERVER:

@@ -1,0 +1,466 @@
+"""The shared Redis client, against servers that are well, and that are not."""
+
+import asyncio
+import random
+import re
+import shutil
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import pytest
+import uvloop
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+from structlog.testing import capture_logs
+
+from autoflow_worker import redis_client
+from autoflow_worker.errors import RedisUnavailableError
+from autoflow_worker.redis_client import PipelinedRedis
+from tests.support.configured import ConfiguredRedis
+from tests.support.proxy import Proxy
+from tests.support.servers import OwnServer
+from tests.support.until import until
+
+Connect = Callable[[str], Awaitable[PipelinedRedis]]
+
+
+@asynccontextmanager
+async def connected(url: str, timeout: float = 5) -> AsyncIterator[PipelinedRedis]:
+    """An open client, closed afterwards."""
+    client = PipelinedRedis(url)
+    try:
+        await client.open(timeout)
+        yield client
+    finally:
+        await client.aclose()
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Open clients; all of them are closed at the end."""
+    async with AsyncExitStack() as stack:
+        yield lambda url: stack.enter_async_context(connected(url))
+
+
+async def keeps_answering(client: PipelinedRedis, key: str = "key") -> bool:
+    """Whether a command is answered now; the connection may just be broken."""
+    try:
+        await client.incr(key)
+    except RedisConnectionError:
+        return False
+    return True
+
+
+# -- replies ---------------------------------------------------------------------------------------
+
+
+async def test_commands_of_one_turn_leave_in_one_write(redis_url: str, prefix: str) -> None:
+    async with Proxy(redis_url) as proxy, connected(proxy.url) as client:
+        proxy.chunks.clear()
+        replies = await asyncio.gather(*(client.incr(f"{prefix}:n") for _ in range(100)))
+        assert replies == list(range(1, 101))
+        assert proxy.chunks == [100]
+
+
+async def test_cancelled_callers_never_shift_replies(redis_url: str) -> None:
+    draw = random.Random(3)
+    async with connected(redis_url) as client:
+
+        async def ask(word: str) -> str:
+            reply = await client.echo(word)
+            assert reply == word
+            return word
+
+        finished = 0
+        for batch in range(30):
+            calls = [asyncio.create_task(ask(f"{batch}-{n}")) for n in range(20)]
+            # At different moments: not yet sent, on the way, already answered.
+            for _ in range(draw.randrange(6)):
+                await asyncio.sleep(0)
+            for call in draw.sample(calls, 10):
+                call.cancel()
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(r, str | asyncio.CancelledError) for r in results), results
+            finished += sum(isinstance(r, str) for r in results)
+        assert finished >= 300
+        assert await ask("the last") == "the last"
+
+
+async def test_an_error_is_its_callers_alone(connect: Connect, redis_url: str, prefix: str) -> None:
+    client = await connect(redis_url)
+    key = f"{prefix}:list"
+    replies = await asyncio.gather(
+        client.rpush(key, "a"), client.incr(key), client.llen(key), return_exceptions=True
+    )
+    assert replies[0] == replies[2] == 1
+    assert isinstance(replies[1], ResponseError)
+
+
+async def test_a_script_unknown_to_the_server_is_loaded(connect: Connect, redis_url: str) -> None:
+    client = await connect(redis_url)
+    script = client.register_script(f"return ARGV[1] -- {random.random()}")
+    assert await asyncio.gather(*(script(args=[n]) for n in range(3))) == ["0", "1", "2"]
+    assert client.register_script(script.script) is script
+
+
+async def test_bytes_outside_utf8_come_back_as_they_went(
+    connect: Connect, redis_url: str, redis: Redis, prefix: str
+) -> None:
+    client = await connect(redis_url)
+    raw = bytes(range(256)) + "é€😀".encode()
+    async with Redis.from_url(redis_url) as binary:
+        await binary.set(f"{prefix}:raw", raw)
+        text = await client.get(f"{prefix}:raw")
+        assert isinstance(text, str)
+        await client.set(f"{prefix}:copy", text)
+        assert await binary.get(f"{prefix}:copy") == raw
+    await client.set(f"{prefix}:text", "é€😀\0\r\n")
+    assert await redis.get(f"{prefix}:text") == "é€😀\0\r\n"
+
+
+async def test_large_values(connect: Connect, redis_url: str, prefix: str) -> None:
+    client = await connect(redis_url)
+    large = "x" * 5_000_000
+    key = f"{prefix}:large"
+    await client.set(key, large)
+    replies = await asyncio.gather(client.get(key), client.ping(), client.get(key))
+    assert list(replies) == [large, True, large]
+    await client.delete(key)
+
+
+# -- lost connections ------------------------------------------------------------------------------
+
+
+async def test_a_killed_connection_is_replaced(
+    connect: Connect, redis_url: str, redis: Redis, prefix: str
+) -> None:
+    client = await connect(redis_url)
+    for _ in range(3):
+        before = await client.client_id()
+        await redis.client_kill_filter(_id=str(before))
+        await until(lambda: keeps_answering(client, f"{prefix}:n"))
+        assert await client.client_id() != before
+    assert not any(death.done() for death in client.deaths())
+
+
+async def test_what_was_in_flight_fails_and_is_not_repeated(
+    redis_url: str, redis: Redis, prefix: str
+) -> None:
+    async with Proxy(redis_url) as proxy, connected(proxy.url) as client:
+        lost = proxy.lose_reply_to(prefix.encode())
+        calls = [client.incr(f"{prefix}:n"), client.echo("neighbour")]
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(reply, RedisConnectionError) for reply in replies)
+        assert await client.echo("next") == "next"
+        assert lost.count == 1
+        assert await redis.get(f"{prefix}:n") == "1"
+
+
+async def test_a_cut_between_write_and_reply_of_many(redis_url: str, prefix: str) -> None:
+    """Connections that break at any moment leave no caller without an answer."""
+    draw = random.Random(5)
+    async with Proxy(redis_url) as proxy, connected(proxy.url) as client:
+        for _ in range(30):
+            calls = [asyncio.ensure_future(client.incr(f"{prefix}:n")) for _ in range(5)]
+            for _ in range(draw.randrange(12)):
+                await asyncio.sleep(0)
+            proxy.cut()
+            calls += [asyncio.ensure_future(client.incr(f"{prefix}:n")) for _ in range(5)]
+            async with asyncio.timeout(10):
+                replies = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(r, int | RedisConnectionError) for r in replies), replies
+        await until(lambda: keeps_answering(client))
+
+
+async def test_commands_wait_for_a_server_that_restarts(
+    connect: Connect, own_redis: OwnServer
+) -> None:
+    client = await connect(own_redis.url)
+    for end in (own_redis.stop, own_redis.kill):
+        await client.set("key", "value")
+        await end()
+        await until(lambda: not client.is_connected)
+        waiting = [asyncio.ensure_future(client.get("key")) for _ in range(3)]
+        await own_redis.start()
+        assert await asyncio.gather(*waiting) == ["value"] * 3
+
+
+async def test_commands_wait_no_longer_than_they_should(
+    connect: Connect, own_redis: OwnServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_client, "CONNECT_PATIENCE", 0.2)
+    client = await connect(own_redis.url)
+    await own_redis.stop()
+    await until(lambda: not client.is_connected)
+    with pytest.raises(RedisConnectionError, match="no connection to Redis"):
+        await client.ping()
+
+
+async def test_a_server_that_answers_nothing_is_given_up(
+    own_redis: OwnServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_client, "HANDSHAKE_TIMEOUT", 0.5)
+    client = await connect(own_redis.url)
+    own_redis.suspend()
+    with pytest.raises(RedisConnectionError, match="no reply"):
+        await client._shared.execute(("PING",), patience=0.3)
+    assert not client.is_connected
+    own_redis.resume()
+    assert await client.ping()
+
+
+async def test_a_half_open_connection_is_replaced(redis_url: str) -> None:
+    """The server's machine is gone without a word; another one has its address."""
+    async with Proxy(redis_url) as proxy, connected(proxy.url) as client:
+        proxy.freeze()
+        with pytest.raises(RedisConnectionError, match="no reply"):
+            await client._shared.execute(("PING",), patience=0.3)
+        assert await client.ping()
+        assert proxy.accepted == 2
+
+
+async def test_a_blocking_command_is_not_taken_for_silence(redis_url: str, prefix: str) -> None:
+    async with connected(redis_url) as client:
+        channel = await client.open_blocking_channel("blocks", 5)
+        command = ("BZPOPMIN", f"{prefix}:marker", 1.5)
+        assert await channel.execute(command, patience=1.5 + 1.0) is None
+        assert channel.is_connected
+
+
+async def test_a_client_that_is_closed_says_so(redis_url: str) -> None:
+    client = PipelinedRedis(redis_url)
+    await client.open(5)
+    pending = asyncio.create_task(client._shared.execute(("BLPOP", "nothing", 0)))
+    await asyncio.sleep(0)
+    await client.aclose()
+    with pytest.raises(RedisConnectionError, match="is closed"):
+        await pending
+    with pytest.raises(RedisConnectionError, match="is closed"):
+        await client.ping()
+    await client.aclose()
+
+
+# -- servers that are unwilling --------------------------------------------------------------------
+
+
+async def test_a_replica_is_left_for_the_primary(own_redis: OwnServer, connect: Connect) -> None:
+    client = await connect(own_redis.url)
+    await client.set("key", "1")
+    with capture_logs() as log:
+        async with Redis.from_url(own_redis.url, decode_responses=True) as admin:
+            await admin.replicaof("127.0.0.1", 1)
+            with pytest.raises(RedisConnectionError, match="READONLY"):
+                await client.set("key", "2")
+            waiting = asyncio.ensure_future(client.set("key", "3"))
+            # Each attempt to connect shows in the server's count.
+            before = (await admin.info("stats"))["total_connections_received"]
+            await until(lambda: connections_since(admin, before, 2))
+            assert not waiting.done()
+            await admin.replicaof("NO", "ONE")
+        assert await waiting
+    # However often it was tried.
+    events = [entry["event"] for entry in log]
+    assert events == ["redis_connection_lost", "redis_connection_restored"]
+
+
+async def connections_since(admin: Redis, before: int, more: int) -> bool:
+    received: int = (await admin.info("stats"))["total_connections_received"]
+    return received >= before + more
+
+
+async def test_a_server_that_loads_is_waited_for(connect: Connect) -> None:
+    server = ConfiguredRedis()
+    own = OwnServer(server)
+    try:
+        await own.start()
+        client = await connect(server.url)
+        await client.set("key", "value")
+        await server.load_slowly()
+        with capture_logs() as log:
+            await own.kill()
+            await until(lambda: not client.is_connected)
+            await own.start()
+            async with Redis.from_url(server.url, retry=None) as admin:
+                assert (await admin.info("persistence"))["loading"] == 1
+            with pytest.raises(RedisUnavailableError, match="loading"):
+                async with connected(server.url, timeout=0.2):
+                    pass
+            assert await client.get("key") == "value"
+    finally:
+        await own.close()
+    events = [entry["event"] for entry in log]
+    assert events == ["redis_connection_lost", "redis_connection_restored"]
+
+
+@pytest.mark.parametrize("rubbish", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff\0", b"+OK\r\n"])
+async def test_a_server_that_talks_rubbish_is_left(rubbish: bytes, redis_url: str) -> None:
+    async with talking(rubbish) as port, Proxy(redis_url) as proxy, connected(proxy.url) as client:
+        with pytest.raises(RedisUnavailableError):
+            async with connected(f"redis://127.0.0.1:{port}", timeout=0.1):
+                pass
+        proxy.redirect(port)
+        proxy.cut()
+        # It is tried again and again, as another server may have the address tomorrow.
+        await until(lambda: proxy.accepted > 3)
+        proxy.redirect(port_of(redis_url))
+        proxy.cut()
+        assert await client.echo("fine") == "fine"
+
+
+@asynccontextmanager
+async def talking(rubbish: bytes) -> AsyncIterator[int]:
+    """A port whose server has the same answer to every line."""
+    clients: list[asyncio.StreamWriter] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        clients.append(writer)
+        with suppress(OSError):
+            while await reader.readline():
+                writer.write(rubbish)
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for client in clients:
+            client.transport.abort()
+
+
+def port_of(url: str) -> int:
+    port = urlsplit(url).port
+    assert port is not None
+    return port
+
+
+async def test_rubbish_in_the_middle_of_a_connection(redis_url: str) -> None:
+    async with Proxy(redis_url) as proxy, connected(proxy.url) as client:
+        held = proxy.hold_reply_to(b"hold me")
+        waiting = asyncio.ensure_future(client.echo("hold me"))
+        await held.sprung.wait()
+        link = client._shared._link
+        assert link is not None
+        link.data_received(b"!?\r\n")
+        with pytest.raises(RedisConnectionError, match="not the Redis protocol"):
+            await waiting
+        held.release()
+        assert await client.echo("fine") == "fine"
+
+
+async def test_a_reply_that_nobody_asked_for_breaks_the_connection(redis_url: str) -> None:
+    async with connected(redis_url) as client:
+        link = client._shared._link
+        assert link is not None
+        link.data_received(b"+OK\r\n")
+        assert not client.is_connected
+        assert await client.echo("fine") == "fine"
+
+
+# -- addresses -------------------------------------------------------------------------------------
+
+
+async def test_a_database_number(connect: Connect, redis_url: str, prefix: str) -> None:
+    third = redis_url.removesuffix("/0") + "/3"
+    client = await connect(third)
+    await client.set(prefix, "there")
+    async with Redis.from_url(third) as there, Redis.from_url(redis_url) as elsewhere:
+        assert await there.delete(prefix) == 1
+        assert await elsewhere.exists(prefix) == 0
+
+
+async def test_a_database_that_there_is_not(redis_url: str) -> None:
+    with pytest.raises(RedisUnavailableError, match="out of range"):
+        async with connected(redis_url.removesuffix("/0") + "/99", timeout=0.1):
+            pass
+
+
+async def test_a_unix_socket() -> None:
+    server = ConfiguredRedis()
+    own = OwnServer(server)
+    try:
+        await own.start()
+        async with connected(f"unix://{server.unix_socket}?db=2") as client:
+            await client.set("key", "value")
+            await own.kill()
+            await until(lambda: not client.is_connected)
+            await own.start()
+            assert await client.get("key") == "value"
+    finally:
+        await own.close()
+
+
+async def test_a_user_and_a_wrong_password(own_redis: OwnServer) -> None:
+    password = "p@ss:w/rd %41é"
+    async with Redis.from_url(own_redis.url) as admin:
+        await admin.acl_setuser(
+            "worker", enabled=True, passwords=[f"+{password}"], keys=["*"], categories=["+@all"]
+        )
+    address = own_redis.url.removeprefix("redis://")
+    async with connected(f"redis://worker:{quote(password, safe='')}@{address}") as client:
+        assert await client.acl_whoami() == "worker"
+    with pytest.raises(RedisUnavailableError, match="refuses the connection") as refused:
+        async with connected(f"redis://worker:guess@{address}"):
+            pass
+    assert "guess" not in str(refused.value)
+
+
+async def test_a_password_that_is_needed_and_not_given(own_redis: OwnServer) -> None:
+    async with Redis.from_url(own_redis.url) as admin:
+        await admin.config_set("requirepass", "secret")
+    with pytest.raises(RedisUnavailableError, match="refuses the connection"):
+        async with connected(own_redis.url):
+            pass
+    address = own_redis.url.removeprefix("redis://")
+    async with connected(f"redis://:secret@{address}") as client:
+        assert await client.ping()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1", "127.0.0.1:6379", ""])
+def test_a_url_of_another_kind(url: str) -> None:
+    with pytest.raises(ValueError, match=re.escape("redis://")):
+        PipelinedRedis(url)
+
+
+async def test_nobody_is_there(connect: Connect, own_redis: OwnServer) -> None:
+    await own_redis.stop()
+    with pytest.raises(RedisUnavailableError, match="within"):
+        async with connected(own_redis.url, timeout=0.2):
+            pass
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_tls(loop: str, redis_url: str, tmp_path: Path) -> None:
+    """No server out of a wheel is built with TLS; so a proxy speaks it in front of one."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
+    files = ("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate)
+    quiet = asyncio.subprocess.DEVNULL
+    openssl = await asyncio.create_subprocess_exec(*command.split(), *files, stderr=quiet)
+    assert await openssl.wait() == 0
+    story = speak_tls(redis_url, key, certificate)
+    if loop == "asyncio":
+        await story
+    else:
+        # In a thread, as this test's own loop runs here.
+        await asyncio.to_thread(uvloop.run, story)
+
+
+async def speak_tls(redis_url: str, key: Path, certificate: Path) -> None:
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    async with Proxy(redis_url, tls) as proxy:
+        url = proxy.url.replace("redis://", "rediss://")
+        async with connected(f"{url}?ssl_ca_certs={certificate}") as client:
+            replies = await asyncio.gather(*(client.echo(str(n)) for n in range(50)))
+            assert replies == [str(n) for n in range(50)]
+            proxy.cut()
+            await until(lambda: not client.is_connected)
+            assert await client.echo("again") == "again"
+        with pytest.raises(RedisUnavailableError, match="certificate"):
+            async with connected(url, timeout=0.1):
+                pass

@@ -1,0 +1,50 @@
+"""A Redis server with options of the test's own: a unix socket, or one that takes long to load."""
+
+import socket
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
+
+from redis.asyncio import Redis
+
+from autoflow_worker.embedded import EmbeddedRedis
+
+
+class ConfiguredRedis(EmbeddedRedis):
+    """A server whose options may be changed before each start.
+
+    Attributes:
+        options: of the command line, without dashes.
+        until_loaded: whether `start()` waits until the data is loaded, or only for an answer.
+    """
+
+    def __init__(self, **options: str) -> None:
+        super().__init__(appendonly=True)
+        self.options = options
+        self.until_loaded = True
+
+    @property
+    def unix_socket(self) -> Path:
+        return self.directory / "redis.sock"
+
+    async def load_slowly(self) -> None:
+        """Take some seconds to load the data at each start from now on, answering LOADING."""
+        self.until_loaded = False
+        self.options["key-load-delay"] = "100"  # microseconds for each command in the log
+        async with Redis.from_url(self.url) as client:
+            fill = "for _ = 1, 15000 do redis.call('INCR', KEYS[1]) end"
+            await cast(Awaitable[None], client.eval(fill, 1, "something-to-load"))
+
+    def _command(self) -> Sequence[str | Path]:
+        options = (part for name, value in self.options.items() for part in (f"--{name}", value))
+        return [*super()._command(), "--unixsocket", self.unix_socket, *options]
+
+    def _answers(self) -> bool:
+        if self.until_loaded:
+            return super()._answers()
+        address = ("127.0.0.1", self.port)
+        with suppress(OSError), socket.create_connection(address, timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return bool(connection.recv(100))
+        return False
