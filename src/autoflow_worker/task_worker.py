@@ -158,8 +158,7 @@ class TaskWorker:
         held = await self._queue.held(self._id)
         histories = {claim.id: history for claim, history in self._running.items()}
         patch = record.handed_back_patch()
-        text = record.encode(patch)
-        writes = [histories[c.id].finish(patch, text) for c in held if c.id in histories]
+        writes = [histories[claim.id].follow(patch) for claim in held if claim.id in histories]
         try:
             async with asyncio.timeout(RECORD_HANDED_BACK):
                 await asyncio.gather(*writes)
@@ -305,7 +304,8 @@ class TaskWorker:
         new_row = None
         if self._record_unknown_jobs:
             new_row = partial(record.unknown_job_row, queue, claim.job)
-        return JobHistory(self._recorder, row_id, queue, new_row)
+        make_sure = partial(self._make_sure_of_lock, claim, ask=True)
+        return JobHistory(self._recorder, row_id, queue, new_row, make_sure)
 
     async def _process(self, claim: Claim, history: JobHistory, owner: str) -> Reply:
         job = claim.job
@@ -322,7 +322,11 @@ class TaskWorker:
             payload = self.task.parse_payload(data)
         except PayloadError as error:
             return await self._fail(claim, history, owner, error)
-        if await self._start(claim, history) is Verdict.CANCELLED:
+        failpoint("before-active-row")
+        started = record.active_patch(now_ms=_now_ms(), attempt=claim.attempt)
+        verdict = await history.start(started)
+        failpoint("after-active-row")
+        if verdict is Verdict.CANCELLED:
             send = partial(self._queue.fail, claim, "the task is cancelled", None)
             return await self._acknowledge(claim, owner, send)
         failpoint("handler-start")
@@ -345,18 +349,6 @@ class TaskWorker:
             job=claim.job,
         )
 
-    async def _start(self, claim: Claim, history: JobHistory) -> Verdict:
-        patch = record.active_patch(now_ms=_now_ms(), attempt=claim.attempt)
-        text = record.encode(patch)
-        failpoint("before-active-row")
-        verdict = await history.start(patch, text)
-        failpoint("after-active-row")
-        if verdict is Verdict.CONTESTED:
-            # A later start than ours: a clock that goes wrong, or a job that is not ours any more.
-            await self._make_sure_of_lock(claim, ask=True)
-            verdict = await history.start(patch, text, force=True)
-        return verdict
-
     async def _complete(
         self, claim: Claim, history: JobHistory, owner: str, outcome: Outcome
     ) -> Reply:
@@ -365,7 +357,7 @@ class TaskWorker:
         except NotStorableError as error:
             return await self._fail(claim, history, owner, error)
         patch = record.completed_patch(now_ms=_now_ms(), result=result)
-        await self._finish(claim, history, patch)
+        await history.finish(patch)
         try:
             return await self._acknowledge(
                 claim, owner, partial(self._queue.complete, claim, result)
@@ -390,7 +382,7 @@ class TaskWorker:
             )
         else:
             patch = record.pending_patch(attempt=claim.attempt, error=failure)
-        if await self._finish(claim, history, patch) is Verdict.CANCELLED:
+        if await history.finish(patch) is Verdict.CANCELLED:
             delay_ms = None  # A cancelled task never runs again.
         told = (failure["reason"], failure.get("stackTrace"))
         log.info(
@@ -446,17 +438,8 @@ class TaskWorker:
             if due is None:  # It is due already, and has been picked up again.
                 return Reply()
             patch = record.moved_to_delayed_patch(until_ms=due)
-        await history.finish(patch, record.encode(patch))
+        await history.follow(patch)
         return Reply()
-
-    async def _finish(self, claim: Claim, history: JobHistory, patch: dict[str, Any]) -> Verdict:
-        text = record.encode(patch)
-        verdict = await history.finish(patch, text)
-        failpoint("after-commit")
-        if verdict is Verdict.CONTESTED:
-            await self._make_sure_of_lock(claim, ask=True)
-            verdict = await history.finish(patch, text, force=True)
-        return verdict
 
     async def _acknowledge(
         self, claim: Claim, owner: str, send: Callable[..., Awaitable[Reply]]
@@ -488,7 +471,7 @@ class TaskWorker:
             return
         failure = record.error_record(error, now_ms=now_ms)
         patch = record.failed_patch(now_ms=now_ms, attempt=claim.attempt, error=failure)
-        await self._finish(claim, history, patch)
+        await history.finish(patch)
         await self._insist(lambda: self._queue.bury(claim, failure["reason"]))
 
     async def _advance_scheduler(self, claim: Claim) -> None:
