@@ -32,12 +32,14 @@ MAX_SIZE = 16 * 1024 * 1024
 MAX_DIGITS = 131_072
 """Digits of one integer."""
 
+EXACT_FLOATS = 2.0**53
+"""Floats from here on are integers, and stored as such."""
+
 TOO_LARGE = f"it is larger than {MAX_SIZE // 1024**2} MiB of JSON"
 TOO_MANY = f"it holds more than {MAX_VALUES:,} values"
 TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels, or holds itself"
 
 _MAX_DOUBLE = int(1.7976931348623157e308)
-_MAX_SAFE_INTEGER = 2**53
 _LOG10_2 = math.log10(2)
 _SHOWN_PATH = 8
 _MAX_NAME = 200
@@ -79,7 +81,7 @@ class Cleaner:
         if type(value) is int:
             return self._integer(value)
         if type(value) is float:
-            return value if math.isfinite(value) else None
+            return _float(value)
         if value is None or type(value) is bool:
             return value
         if type(value) is dict:
@@ -236,10 +238,18 @@ def _is_utc(value: datetime) -> bool:
     return value.utcoffset() == timedelta(0)
 
 
+def _float(value: float) -> float | None:
+    if not math.isfinite(value):
+        return None
+    # jsonb keeps the digits of 1.2e+16, not the float that they stand for.
+    return int(value) if abs(value) >= EXACT_FLOATS else value
+
+
 def _decimal(value: Decimal) -> str | float | None:
     if not value.is_finite():
         return None
     number = float(value)
-    if not math.isfinite(number) or Decimal(repr(number)) != value:
+    if not math.isfinite(number):
         return str(value)
-    return int(number) if number.is_integer() and abs(number) < _MAX_SAFE_INTEGER else number
+    number = int(number) if number.is_integer() else number
+    return number if Decimal(repr(number)) == value else str(value)

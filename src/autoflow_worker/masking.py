@@ -15,9 +15,11 @@ _PATTERN = re.compile(
     (?> (?: (?!://) [^\s"'<>] )* @ | (?: (?!://) \S )*? @ )
     |
     # password=..., as in a conninfo or a query; 'password': '...', as in a printed dict or JSON.
+    # A quote that another of these follows was never closed.
     (?P<key> (?i: password | passphrase | passwd | pwd )
       (?: [ \t]*=(?!=)[ \t]* | ['"][ \t]*:[ \t]*(?=['"]) ) )
-    (?> ' (?: [^'\\] | \\. )*+ ' | " (?: [^"\\] | \\. )*+ "
+    (?> ' (?: (?! (?i:pass\w{2,6}|pwd) [ ]? = ) (?: [^'\\] | \\. ) )*+ '
+      | " (?: (?! (?i:pass\w{2,6}|pwd) [ ]? = ) (?: [^"\\] | \\. ) )*+ "
       | (?: [^\s'"&] | & (?! \w+= ) | ['"] (?! [,:}\])\s] | $ ) )++ )
     """,
     re.VERBOSE | re.DOTALL,

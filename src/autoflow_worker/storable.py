@@ -11,7 +11,7 @@ The rules, in one place:
 | set, frozenset | array, sorted if its members can be compared, else in its own order |
 | str | text; U+0000 and lone surrogates become U+FFFD, a surrogate pair its character |
 | int | number with all its digits (JavaScript rounds beyond 2^53); beyond 1.8e308 text |
-| float | number; NaN and ±Infinity are null, as in JavaScript |
+| float | number, from 2^53 on as the integer it is; NaN and ±Infinity are null, as in JavaScript |
 | Decimal | number if a float holds it without loss, else text; NaN and ±Infinity are null |
 | datetime, date, time | text in ISO 8601, with `Z` for UTC |
 | timedelta | number of seconds |
@@ -34,6 +34,7 @@ from typing import NamedTuple
 import orjson
 
 from autoflow_worker.cleaning import (
+    EXACT_FLOATS,
     MAX_DEPTH,
     MAX_DIGITS,
     MAX_SIZE,
@@ -60,7 +61,7 @@ __all__ = [
     "stored",
 ]
 
-_LEAVES = frozenset({int, float, bool, type(None)})
+_LEAVES = frozenset({int, bool, type(None)})
 
 
 class Stored(NamedTuple):
@@ -159,6 +160,9 @@ def _is_plain(value: object) -> bool:
                 deeper += item.values()
             elif type(item) is list or type(item) is tuple:
                 deeper += item
+            elif type(item) is float:
+                if not -EXACT_FLOATS < item < EXACT_FLOATS:  # NaN neither
+                    return False
             elif type(item) not in _LEAVES:
                 return False
             if len(deeper) > values:

@@ -1,0 +1,302 @@
+"""Every patch and row is what the contract says, and the API's strict schema takes it."""
+
+import json
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoflow_worker import record
+from autoflow_worker.errors import NotStorableError
+from tests.support.row import TaskRow
+
+NOW = 1_767_323_045_678
+TODAY = "2026-01-02T03:04:05.678Z"
+LATER = "2026-01-02T03:04:06.678Z"
+ERROR = {"success": False, "reason": "boom", "lastAttemptAt": TODAY}
+
+
+@dataclass
+class Job:
+    """The parts of a `bullmq.Job` that a row is made of."""
+
+    data: Any = None
+    opts: Any = None
+    timestamp: Any = NOW
+
+
+def a_row() -> dict[str, Any]:
+    return record.unknown_job_row("queue", Job({"n": 1}, {}))
+
+
+def assert_row(row: dict[str, Any]) -> None:
+    assert json.loads(record.encode(row)) == row
+    TaskRow.model_validate(row)
+
+
+# -- patches (contract, section 3) ---------------------------------------------------------------
+
+RESULT = {"success": True, "output": {"sent": True}, "duration": 12}
+
+PATCHES = {
+    "active": (
+        record.active_patch(now_ms=NOW, attempt=1),
+        {"status": "active", "startedAt": TODAY, "attempts": 1},
+    ),
+    "completed": (
+        record.completed_patch(now_ms=NOW, result=record.success_result({"sent": True}, 12)),
+        {
+            "status": "completed",
+            "completedAt": TODAY,
+            "result": RESULT,
+            "error": None,
+            "failedAt": None,
+            "delayUntil": None,
+        },
+    ),
+    "delayed": (
+        record.delayed_patch(until_ms=NOW + 1000, attempt=2, error=ERROR),
+        {"status": "delayed", "delayUntil": LATER, "attempts": 2, "error": ERROR},
+    ),
+    "pending": (
+        record.pending_patch(attempt=2, error=ERROR),
+        {"status": "pending", "attempts": 2, "error": ERROR},
+    ),
+    "failed": (
+        record.failed_patch(now_ms=NOW, attempt=3, error=ERROR),
+        {"status": "failed", "failedAt": TODAY, "attempts": 3, "error": ERROR},
+    ),
+    "handed back": (record.handed_back_patch(), {"status": "pending"}),
+    "waiting for children": (record.waiting_children_patch(), {"status": "pending"}),
+    "moved to delayed": (
+        record.moved_to_delayed_patch(until_ms=NOW + 1000),
+        {"status": "delayed", "delayUntil": LATER},
+    ),
+}
+
+
+@pytest.mark.parametrize(("patch", "expected"), PATCHES.values(), ids=PATCHES)
+def test_each_moment_writes_what_the_contract_says(
+    patch: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert patch == expected
+    assert_row({**a_row(), **patch})
+
+
+# -- results and errors --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("duration", "stored"),
+    [(0, 0), (12.9, 12), (-1, 0), (math.nan, 0), (math.inf, 0), (1e300, 2**53 - 1)],
+)
+def test_the_duration_is_in_whole_milliseconds(duration: float, stored: int) -> None:
+    result = record.success_result(None, duration)
+    assert result == {"success": True, "output": None, "duration": stored}
+    assert type(result["duration"]) is int
+
+
+def test_an_output_that_can_not_be_stored_is_refused() -> None:
+    with pytest.raises(NotStorableError):
+        record.success_result(object(), 1)
+
+
+def test_an_output_at_the_limits_fits_into_its_row() -> None:
+    deepest: Any = "\0"
+    for _ in range(200):
+        deepest = [deepest]
+    for output in (deepest, "x" * (16 * 1024 * 1024 - 2), [0] * 1_000_000, [2**70, deepest[0]]):
+        patch = record.completed_patch(now_ms=NOW, result=record.success_result(output, 1))
+        assert json.loads(record.encode(patch)) == patch
+
+
+def test_an_exception_becomes_an_error() -> None:
+    made = record.error_record(ValueError("boom"), NOW)
+    assert list(made) == ["success", "reason", "stackTrace", "lastAttemptAt"]
+    assert (made["success"], made["reason"], made["lastAttemptAt"]) == (False, "boom", TODAY)
+    assert made["stackTrace"].endswith("ValueError: boom")
+    assert_row({**a_row(), "error": made})
+
+
+def test_a_reason_in_words_becomes_an_error_without_a_stack_trace() -> None:
+    assert record.error_record("boom", NOW) == ERROR
+    made = record.error_record("\0\ud800 redis://u:pw@h " + "x" * 10_000_000, NOW)
+    assert made["reason"].startswith("\ufffd\ufffd redis://u:***@h xxx")
+    assert_row({**a_row(), "error": made})
+
+
+def test_text_that_was_added_to_a_patch_is_cleaned_on_the_way() -> None:
+    patch = record.pending_patch(attempt=1, error={**ERROR, "reason": "a\0\ud800"})
+    assert json.loads(record.encode(patch))["error"]["reason"] == "a\ufffd\ufffd"
+
+
+# -- rows for unknown jobs (contract, section 4) -------------------------------------------------
+
+ODD: list[object] = [None, 0, -1, "3", True, math.nan, math.inf, [], {}]
+
+
+def test_an_unknown_job_gets_a_whole_row() -> None:
+    job = Job({"n": 1, "correlationId": "c"}, {"priority": 2, "attempts": 5, "jobId": "x"})
+    row = record.unknown_job_row("users-send-welcome-email", job)
+    assert row == {
+        "schemaVersion": 1,
+        "taskName": "users-send-welcome-email",
+        "queueName": "users-send-welcome-email",
+        "payload": {"n": 1},
+        "status": "pending",
+        "priority": "high",
+        "attempts": 0,
+        "maxAttempts": 5,
+        "enqueuedAt": TODAY,
+        "startedAt": None,
+        "completedAt": None,
+        "failedAt": None,
+        "delayUntil": None,
+        "result": None,
+        "error": None,
+        "userId": None,
+        "externalId": None,
+    }
+    assert set(row) == set(TaskRow.model_fields)
+    assert_row(row)
+
+
+@pytest.mark.parametrize(
+    ("priority", "word"),
+    [
+        (1, "critical"),
+        (2, "high"),
+        (3, "normal"),
+        (4, "low"),
+        (4.0, "low"),
+        *((other, "normal") for other in ODD),
+        (5, "normal"),
+        (2**21, "normal"),
+    ],
+)
+def test_a_priority_becomes_a_word(priority: object, word: str) -> None:
+    assert record.unknown_job_row("q", Job({}, {"priority": priority}))["priority"] == word
+
+
+@pytest.mark.parametrize(
+    ("attempts", "stored"),
+    [
+        (1, 1),
+        (3, 3),
+        (3.7, 3),
+        (1e300, 2**53 - 1),
+        *((other, 1) for other in ODD),
+    ],
+)
+def test_there_is_at_least_one_attempt(attempts: object, stored: int) -> None:
+    row = record.unknown_job_row("q", Job({}, {"attempts": attempts}))
+    assert row["maxAttempts"] == stored
+    assert type(row["maxAttempts"]) is int
+
+
+@pytest.mark.parametrize(
+    ("data", "payload"),
+    [
+        ({}, {}),
+        ({"correlationId": 1, "a": {"correlationId": 2}}, {"a": {"correlationId": 2}}),
+        (None, {"value": None}),
+        ([1], {"value": [1]}),
+        ("text\0", {"value": "text\ufffd"}),
+        ({"n": math.nan, "big": 10**30}, {"n": None, "big": 10**30}),
+        (object(), {}),
+        ({"a": object()}, {}),
+        ({"a": "x" * 17_000_000}, {}),
+    ],
+    ids=["{}", "correlationId", "None", "list", "text", "numbers", "object", "in", "large"],
+)
+def test_a_payload_is_always_an_object(data: object, payload: object) -> None:
+    row = record.unknown_job_row("q", Job(data, {}))
+    assert row["payload"] == payload
+    assert_row(row)
+
+
+@pytest.mark.parametrize("timestamp", [None, "x", True, math.nan, math.inf, [], {}])
+def test_a_job_without_a_time_was_added_now(timestamp: object) -> None:
+    row = record.unknown_job_row("q", Job({}, {}, timestamp))
+    assert abs(datetime.fromisoformat(row["enqueuedAt"]) - datetime.now(UTC)).total_seconds() < 60
+    assert_row(row)
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(exclude_categories=())),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+opts = st.fixed_dictionaries({}, optional={"priority": anything, "attempts": anything}) | anything
+
+
+@given(st.text(st.characters(exclude_categories=())), anything, opts, anything)
+def test_any_job_gets_a_row(queue: str, data: Any, opts: Any, timestamp: Any) -> None:
+    assert_row(
+        record.unknown_job_row(queue, SimpleNamespace(data=data, opts=opts, timestamp=timestamp))
+    )
+
+
+# -- ids and dates -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("job_id", "expected"),
+    [
+        ("1", "q:1"),
+        ("42", "q:42"),
+        ("9007199254740991", "q:9007199254740991"),
+        ("V1StGXR8_Z5jdHi6B-myT", "V1StGXR8_Z5jdHi6B-myT"),
+        # BullMQ takes these from a producer, and counts none of them.
+        ("007", "007"),
+        ("1234567890123456789", "1234567890123456789"),
+        ("1.5", "1.5"),
+        ("1 ", "1 "),
+        ("1\n", "1\n"),
+        ("²", "²"),
+        ("repeat:abc:17", "repeat:abc:17"),
+        ("a\0b", "a\ufffdb"),
+        ("", ""),
+    ],
+)
+def test_the_ids_that_bullmq_counts_get_the_queue_before_them(job_id: str, expected: str) -> None:
+    assert record.row_id("q", job_id) == expected
+
+
+@pytest.mark.parametrize(
+    ("ms", "expected"),
+    [
+        (0, "1970-01-01T00:00:00.000Z"),
+        (NOW, TODAY),
+        (NOW + 0.9, TODAY),
+        (999.999, "1970-01-01T00:00:00.999Z"),
+        (-1, "1970-01-01T00:00:00.000Z"),
+        (-math.inf, "1970-01-01T00:00:00.000Z"),
+        (math.nan, "1970-01-01T00:00:00.000Z"),
+        (253_402_300_799_999, "9999-12-31T23:59:59.999Z"),
+        (1e300, "9999-12-31T23:59:59.999Z"),
+        (10**400, "9999-12-31T23:59:59.999Z"),
+        (math.inf, "9999-12-31T23:59:59.999Z"),
+    ],
+)
+def test_every_time_becomes_a_date(ms: float, expected: str) -> None:
+    assert record.iso(ms) == expected
+
+
+@given(st.integers(0, 253_402_300_799_999))
+def test_dates_are_as_in_javascript(ms: int) -> None:
+    text = record.iso(ms)
+    assert len(text) == len(TODAY)
+    seconds = datetime.fromisoformat(text).replace(microsecond=0).timestamp()
+    assert int(seconds) * 1000 + int(text[-4:-1]) == ms
