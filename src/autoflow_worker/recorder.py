@@ -391,7 +391,11 @@ class _Lane:
             with socket.socket(fileno=os.dup(self._connection.fileno())) as connected:
                 with contextlib.suppress(OSError):
                     connected.shutdown(socket.SHUT_RDWR)
-            await self.idle.wait()  # The writes are given up, so the lane ends with its statement.
+            # The writes are given up, so the lane ends with its statement; unless it is dead.
+            idle = asyncio.ensure_future(self.idle.wait())
+            ends = {idle} if self.task is None else {idle, self.task}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            idle.cancel()
         if self.task is not None:
             self.task.cancel()
             await asyncio.wait({self.task})

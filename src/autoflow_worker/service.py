@@ -118,7 +118,7 @@ class WorkerService:
         for worker in self._workers:
             worker.stop()
         aborted: asyncio.Future[Any] = asyncio.ensure_future(abort.wait())
-        drained: asyncio.Future[Any] = asyncio.gather(*(w.drained() for w in self._workers))
+        drained = asyncio.ensure_future(self._drained())
         await asyncio.wait(
             [aborted, drained],
             timeout=self._settings.worker_shutdown_grace,
@@ -130,6 +130,9 @@ class WorkerService:
             drained.cancel()
             await asyncio.wait([drained])
         return await self._close_workers()
+
+    async def _drained(self) -> None:
+        await asyncio.gather(*(worker.drained() for worker in self._workers))
 
     async def _close_workers(self) -> int:
         """Stop every TaskWorker and hand back what they hold. May be called twice."""

@@ -26,6 +26,7 @@ class Running:
         self.exit_code: int | None = None
         self.stopping = asyncio.Event()
         self.aborting = asyncio.Event()
+        self.may_end = False
         self.task = asyncio.create_task(self._run())
 
     async def _run(self) -> int:
@@ -46,6 +47,14 @@ class Running:
         self.aborting.set()
         return await self.stop()
 
+    async def death(self) -> BaseException:
+        """Wait for its unasked end, which is what the test is about, and return the error."""
+        self.may_end = True
+        await asyncio.wait({self.task})
+        error = self.task.exception()
+        assert error is not None, f"it ended with {self.exit_code}"
+        return error
+
 
 class RunWorker(Protocol):
     """What the fixture `run_worker` gives: `running()` on the test's own servers."""
@@ -59,7 +68,8 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Run a worker in this process; it is stopped at the end of the block, if it still runs.
 
-    If the service ends unasked, the block is left at once and the test fails.
+    If the service ends unasked, the block is left at once and the test fails; unless the block
+    awaits its `death()`.
 
     Args:
         tasks: as in a task list.
@@ -82,13 +92,14 @@ async def running(
     assert block is not None
 
     def leave_block(_: asyncio.Task[int]) -> None:
-        if not worker.stopping.is_set():
+        if not (worker.stopping.is_set() or worker.may_end):
             block.cancel("the worker ended unasked")
 
     worker.task.add_done_callback(leave_block)
     try:
         yield worker
-        await worker.stop()
+        if not worker.may_end:
+            await worker.stop()
     except asyncio.CancelledError:
         if not worker.task.done() or worker.stopping.is_set():
             raise
