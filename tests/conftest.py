@@ -11,6 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from autoflow_worker.embedded import EmbeddedPostgres, EmbeddedRedis
+from tests.support.api import Api
 from tests.support.database import (
     Connection,
     Database,
@@ -212,3 +213,9 @@ async def node(request: pytest.FixtureRequest, redis_url: str, prefix: str) -> A
     """As `node5` and `node6`: the test runs once with each."""
     async with Node(request.param, redis_url, prefix) as node:
         yield node
+
+
+@pytest.fixture
+def api(db: Database, node5: Node) -> Api:
+    """The API as it is today, with BullMQ 5.65: schedules tasks, and sees both stores."""
+    return Api(db, node5)
