@@ -1,6 +1,8 @@
 """Runs BullMQ jobs with Python handlers and records their status in PostgreSQL."""
 
-from autoflow_worker.errors import WorkerError
+from typing import TYPE_CHECKING, Any
+
+from autoflow_worker.errors import PayloadError, WorkerError
 from autoflow_worker.task import (
     DelayedError,
     TaskContext,
@@ -11,16 +13,30 @@ from autoflow_worker.task import (
     define_task,
 )
 
+if TYPE_CHECKING:
+    from autoflow_worker.scheduler import TaskScheduler
+
 __version__ = "0.1.0"
 
 __all__ = [
     "DelayedError",
+    "PayloadError",
     "TaskContext",
     "TaskDefinition",
     "TaskOptions",
+    "TaskScheduler",
     "UnrecoverableError",
     "WaitingChildrenError",
     "WorkerError",
     "__version__",
     "define_task",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A module of tasks needs none of what this one imports: the clients of both servers.
+    if name == "TaskScheduler":
+        from autoflow_worker.scheduler import TaskScheduler  # noqa: PLC0415
+
+        return TaskScheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

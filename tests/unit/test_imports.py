@@ -30,7 +30,7 @@ ORDER = """
 # Who may import what; everyone else goes through these.
 DRIVERS = {
     # recorder writes the rows; database makes and judges the table before there is a recorder;
-    # connection_urls asks libpq whether it can read a URL; scheduler inserts the row of a new job;
+    # connection_urls asks libpq whether it can read a URL; new_rows writes those of new tasks;
     # reconcile reads rows that no worker is writing.
     "psycopg": {"recorder", "database", "connection_urls", "new_rows", "reconcile"},
     # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker;
