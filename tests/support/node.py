@@ -90,12 +90,16 @@ class Node:
         version: 5 (5.65, the API's today) or 6 (6.7).
         redis_url: where the queues are.
         prefix: the queues' key prefix.
+        quiet: drop what it prints to stderr, as during outages that are meant.
 
     Attributes:
         events: what `listen()` has heard so far.
     """
 
-    def __init__(self, version: Literal[5, 6], redis_url: str, prefix: str) -> None:
+    def __init__(
+        self, version: Literal[5, 6], redis_url: str, prefix: str, *, quiet: bool = False
+    ) -> None:
+        self._stderr = asyncio.subprocess.DEVNULL if quiet else None
         self._command = (str(NODE), str(FOLDER / "node.mjs"), str(version), redis_url, prefix)
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
@@ -107,6 +111,7 @@ class Node:
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=self._stderr,
             limit=LINE_LIMIT,
         )
         self._reader = asyncio.create_task(self._read())
@@ -194,6 +199,14 @@ class Node:
     async def resume(self, queue: str) -> None:
         """`queue.resume()`."""
         await self.queue(queue, "resume")
+
+    async def work(self, queue: str, **opts: Any) -> None:
+        """Start a Node `Worker` that does what each job's `payload["script"]` says.
+
+        A script is a list of steps, one for each run: `{"return": value}`, `{"throw": message}`,
+        `{"unrecoverable": message}`, `{"delay": ms}`, with `progress` and `log` beside it.
+        """
+        await self._call("work", queue=queue, opts=opts)
 
     async def listen(self, queue: str, *events: str) -> None:
         """Collect a queue's events, its past ones too, with Node's `QueueEvents`."""

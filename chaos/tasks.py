@@ -1,0 +1,88 @@
+"""The task list of the workers that get broken: `TASKS_CONFIG=chaos.tasks:tasks`.
+
+Every handler does the same, and the payload says what: work for a while, fail so many times.
+"""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from autoflow_worker import TaskContext, TaskOptions, UnrecoverableError, define_task
+from chaos.effects import FOLDER_VARIABLE, EffectLog
+
+LOCK_S = float(os.environ.get("CHAOS_LOCK_S", "4"))
+"""Seconds after which a killed worker's jobs are free; BullMQ's default is 30."""
+
+QUICK, SLOW, FLAKY, DOOMED, SYNC = (
+    f"chaos-{kind}" for kind in ("quick", "slow", "flaky", "doomed", "sync")
+)
+QUEUES = (QUICK, SLOW, FLAKY, DOOMED, SYNC)
+
+log = EffectLog(Path(os.environ[FOLDER_VARIABLE])) if FOLDER_VARIABLE in os.environ else None
+
+
+class Work(BaseModel):
+    """What a job does.
+
+    Attributes:
+        n: the job's number, to be told apart by.
+        run_ms: how long it works.
+        failures: the attempts, from the first, that fail.
+        final: such a failure allows no further attempt.
+        stubborn: it works on when it is cancelled.
+    """
+
+    n: int
+    run_ms: int = 0
+    failures: int = 0
+    final: bool = False
+    stubborn: bool = False
+
+
+class PlannedError(Exception):
+    """A failure that the payload asks for."""
+
+
+async def work(payload: Work, ctx: TaskContext) -> dict[str, object]:
+    assert log is not None
+    with log.run(ctx) as run_id:
+        try:
+            await asyncio.sleep(payload.run_ms / 1000)
+        except asyncio.CancelledError:
+            if not payload.stubborn:
+                raise
+            await asyncio.sleep(payload.run_ms / 1000)
+        return _finish(payload, ctx, run_id)
+
+
+def work_in_thread(payload: Work, ctx: TaskContext) -> dict[str, object]:
+    assert log is not None
+    with log.run(ctx) as run_id:
+        time.sleep(payload.run_ms / 1000)
+        return _finish(payload, ctx, run_id)
+
+
+def _finish(payload: Work, ctx: TaskContext, run_id: str) -> dict[str, object]:
+    if ctx.attempt <= payload.failures:
+        error = UnrecoverableError if payload.final else PlannedError
+        raise error(f"failure {ctx.attempt} of job {payload.n}")
+    return {"n": payload.n, "run": run_id}
+
+
+tasks = [
+    define_task(
+        queue,
+        work_in_thread if queue == SYNC else work,
+        TaskOptions(concurrency=10),
+        worker_options={
+            "lockDuration": int(LOCK_S * 1000),
+            "stalledInterval": int(LOCK_S * 500),
+            # Each kill counts as a stall of all that ran; here the jobs have to outlive them all.
+            "maxStalledCount": 1000,
+        },
+    )
+    for queue in QUEUES
+]
