@@ -26,6 +26,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from autoflow_worker.errors import DatabaseUnavailableError, PartDiedError
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.masking import mask_secrets
+from autoflow_worker.storable import dump
 
 log = structlog.get_logger(__name__)
 
@@ -513,7 +514,12 @@ class _Lane:
 
     async def _insert(self, writes: Sequence[Write]) -> None:
         """Create rows for jobs that have none; the write itself follows."""
-        rows = [{"id": w.row_id, "data": dict(w.new_row())} for w in writes if w.new_row]
+        rows = [
+            # Not by orjson at once: a payload may hold integers beyond its 64 bits.
+            {"id": write.row_id, "data": orjson.Fragment(dump(dict(write.new_row())))}
+            for write in writes
+            if write.new_row
+        ]
         connection = await self.connection()
         await connection.execute(_INSERT, (orjson.dumps(rows).decode(),))
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from collections import Counter, OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pydantic import BaseModel, RootModel
 from autoflow_worker import storable as rules
 from autoflow_worker.errors import NotStorableError
 from autoflow_worker.storable import Json, dump, encode, storable, stored
+from tests.support.node import NODE
 
 GRIN = "\U0001f600"
 
@@ -534,6 +536,51 @@ def jsonb(server_urls: tuple[str, str]) -> Iterator[Callable[[str], Json]]:
         yield through_postgresql
 
 
+READS_LINES = """
+const finite = (key, value) => {
+  if (typeof value === "number" && !Number.isFinite(value)) throw new Error("not finite");
+  return value;
+};
+require("readline").createInterface({ input: process.stdin })
+  .on("line", (line) => console.log(JSON.stringify(JSON.parse(line), finite)));
+"""
+
+
+@pytest.fixture(scope="module")
+def javascript() -> Iterator[Callable[[str], Json]]:
+    """What Node makes of a JSON text."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([NODE, "-e", READS_LINES], stdin=pipe, stdout=pipe) as node:
+        assert node.stdin is not None
+        assert node.stdout is not None
+        reads, writes = node.stdout, node.stdin
+
+        def through_javascript(text: str) -> Json:
+            writes.write(text.encode() + b"\n")
+            writes.flush()
+            value: Json = json.loads(reads.readline())
+            return value
+
+        yield through_javascript
+        writes.close()
+
+
+def as_javascript_has_it(value: Json) -> Json:
+    """The same with every number a double."""
+    if isinstance(value, dict):
+        return {key: as_javascript_has_it(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_javascript_has_it(item) for item in value]
+    return float(value) if type(value) is int else value
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_javascript_takes_any_value_and_gives_it_back(data: st.DataObject, javascript: Any) -> None:
+    plain, text = stored(data.draw(values))
+    assert as_javascript_has_it(javascript(text)) == as_javascript_has_it(plain)
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -548,8 +595,9 @@ def jsonb(server_urls: tuple[str, str]) -> Iterator[Callable[[str], Json]]:
     ],
     ids=["deep", "1e308", "digits", "least", "greatest", "-0", "10 MB", "wide"],
 )
-def test_postgresql_takes_what_is_at_the_limits(
-    value: object, jsonb: Callable[[str], Json]
+def test_both_take_what_is_at_the_limits(
+    value: object, jsonb: Callable[[str], Json], javascript: Callable[[str], Json]
 ) -> None:
     plain, text = stored(value)
     assert jsonb(text) == plain
+    assert as_javascript_has_it(javascript(text)) == as_javascript_has_it(plain)
