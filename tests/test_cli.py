@@ -251,6 +251,43 @@ async def test_init_db(worker_process: WorkerStarter, db: Database) -> None:
     assert "S3cr3t" not in message
 
 
+async def test_schedule(worker_process: WorkerStarter, db: Database, node5: Node) -> None:
+    words = ("mails", '{"to": "a@b.c"}', "--user-id", "u1", "--correlation-id", "c1")
+    scheduling = worker_process(GOOD_TASKS, *words, command="schedule")
+    assert await scheduling.wait() == 0, scheduling.report()
+    task_id = scheduling.stdout.strip()
+    row = await db.task(task_id)
+    assert (row.status, row.payload, row.userId) == ("pending", {"to": "a@b.c"}, "u1")
+    job = await node5.get_job("mails", task_id)
+    assert job is not None
+    assert job["data"] == {"to": "a@b.c", "correlationId": "c1"}
+    worker = worker_process()
+    await db.until_status(task_id, "completed")
+    worker.terminate()
+    assert await worker.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "reason"),
+    [
+        (["nothing", "{}"], 2, "no task in 'tasks_config:tasks' has the queue 'nothing'"),
+        (["mails", "{"], 2, "not JSON"),
+        (["mails", "[]"], 2, "must be a JSON object"),
+        (["mails", "{}", "--delay-ms", "-1"], 2, "--delay-ms"),
+        (["mails", "{}", "--delay-ms", "9999999999999999"], 2, "--delay-ms"),
+        (["mails", '{"correlationId": "x"}'], 1, "correlationId"),
+    ],
+)
+async def test_schedule_refuses(
+    worker_process: WorkerStarter, db: Database, words: list[str], code: int, reason: str
+) -> None:
+    worker = worker_process(GOOD_TASKS, *words, command="schedule")
+    assert await worker.wait() == code
+    assert reason in worker.stderr
+    assert "Traceback" not in worker.stderr
+    assert await db.rows() == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
