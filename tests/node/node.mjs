@@ -7,12 +7,15 @@ import { createRequire } from 'node:module';
 import { createInterface } from 'node:readline';
 
 const [version, url, prefix] = process.argv.slice(2);
-const { FlowProducer, Queue, QueueEvents } = createRequire(import.meta.url)(`bullmq${version}`);
+const { DelayedError, FlowProducer, Queue, QueueEvents, UnrecoverableError, Worker } = createRequire(import.meta.url)(
+  `bullmq${version}`,
+);
 
 const PRIORITIES = { critical: 1, high: 2, normal: 3, low: 4 };
 const connection = { url, maxRetriesPerRequest: null };
 const queues = new Map();
 const listeners = [];
+const workers = [];
 let flows;
 
 const print = (line) => process.stdout.write(`${JSON.stringify(line)}\n`);
@@ -60,6 +63,26 @@ function plain(value) {
   return value === undefined ? null : value;
 }
 
+// What a worker does: the step of this run in `data.script`.
+async function act(job, token) {
+  const step = job.data.script[job.attemptsStarted - 1] ?? {};
+  if ('progress' in step) await job.updateProgress(step.progress);
+  if ('log' in step) await job.log(step.log);
+  if ('delay' in step) {
+    await job.moveToDelayed(Date.now() + step.delay, token);
+    throw new DelayedError();
+  }
+  if ('throw' in step) throw new Error(step.throw);
+  if ('unrecoverable' in step) throw new UnrecoverableError(step.unrecoverable);
+  return { success: true, output: step.return ?? null, duration: 0 };
+}
+
+class ScriptedWorker extends Worker {
+  constructor(name, opts) {
+    super(name, act, opts);
+  }
+}
+
 const commands = {
   async schedule({ queue, jobs }) {
     const added = await queueOf(queue).addBulk(jobs.map((job) => asJob({ queue, ...job })));
@@ -81,6 +104,12 @@ const commands = {
   async flow({ flow }) {
     flows ??= new FlowProducer({ connection, prefix });
     return plain(await flows.add(flow));
+  },
+  // A worker of Node's own, to compare with.
+  async work({ queue, opts }) {
+    workers.push(open(ScriptedWorker, queue, opts));
+    await workers.at(-1).waitUntilReady();
+    return null;
   },
   async listen({ queue, events }) {
     // From the beginning: the first events may come before the first read.
@@ -109,5 +138,5 @@ for await (const line of createInterface({ input: process.stdin })) {
   running.add(done);
 }
 await Promise.all(running);
-await Promise.all([...queues.values(), ...listeners, ...(flows ? [flows] : [])].map((c) => c.close()));
+await Promise.all([...workers, ...queues.values(), ...listeners, ...(flows ? [flows] : [])].map((c) => c.close()));
 process.exit(0);
