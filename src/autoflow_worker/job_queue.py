@@ -46,22 +46,25 @@ local held = {}
 for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, -1)) do
   local lock = redis.call('GET', ARGV[2] .. id .. ':lock')
   if lock and string.sub(lock, 1, #ARGV[1]) == ARGV[1] then
-    held[#held + 1] = {id, lock, redis.call('HGETALL', ARGV[2] .. id)}
+    local fields = redis.pcall('HGETALL', ARGV[2] .. id)
+    held[#held + 1] = {id, lock, fields.err and {} or fields}
   end
 end
 return held
 """
 
 # The last resort for a job on which BullMQ's own script breaks: take it out of `active`, into
-# `failed`, with its reason, whatever its other fields hold.
+# `failed`, with its reason, whatever its other fields hold, and be it no hash at all.
 _BURY: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
 redis.call('SREM', KEYS[4], ARGV[2])
 redis.call('LREM', KEYS[3], 0, ARGV[2])
 redis.call('ZADD', KEYS[5], ARGV[4], ARGV[2])
-redis.call('HSET', KEYS[2], 'failedReason', ARGV[3], 'finishedOn', ARGV[4])
-redis.call('HDEL', KEYS[2], 'defa')
-redis.call('HINCRBY', KEYS[2], 'atm', 1)
+redis.pcall('HSET', KEYS[2], 'failedReason', ARGV[3], 'finishedOn', ARGV[4])
+redis.pcall('HDEL', KEYS[2], 'defa')
+if type(redis.pcall('HINCRBY', KEYS[2], 'atm', 1)) == 'table' then
+  redis.pcall('HSET', KEYS[2], 'atm', 1)
+end
 redis.call('XADD', KEYS[6], '*', 'event', 'failed', 'jobId', ARGV[2], 'failedReason', ARGV[3],
   'prev', 'active')
 return 1
