@@ -15,7 +15,7 @@ import enum
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import orjson
@@ -33,6 +33,9 @@ log = structlog.get_logger(__name__)
 MAX_BATCH: Final = 500
 """Patches in one statement, at most. A further connection is used when more than that wait."""
 
+MAX_BATCH_SIZE: Final = 4_000_000
+"""Characters of patches in one statement, at most; a larger patch gets a statement of its own."""
+
 START_PATIENCE: Final = 5.0
 """Seconds that a handler waits for its row to say `active`; then it starts and the row follows."""
 
@@ -42,11 +45,11 @@ RETRY_PAUSE: Final = 0.1
 RETRY_PAUSE_MAX: Final = 2.0
 """Seconds between two retries, at most."""
 
-LOCK_TIMEOUT: Final = "200ms"
-"""How long a batch waits for somebody else's lock before it is split around the locked row."""
+LOCK_TIMEOUT: Final = "50ms"
+"""How long a batch waits for somebody else's lock before the locked rows are put off."""
 
-LOCKED_PAUSE: Final = 0.5
-"""Seconds until a write whose row is locked by somebody else is tried again, by itself."""
+POSTPONED_PAUSE: Final = 0.5
+"""Seconds until a write that was put off is tried again, by itself."""
 
 # A batch looks up each of its rows by primary key, whatever the planner believes of the table's
 # size: a plan made for a small table would read all of a grown one for every batch.
@@ -71,8 +74,14 @@ _REFUSED: Final = (
     psycopg.errors.InvalidCatalogName,
 )
 
+
+class UnencodableError(ValueError):
+    """A text that is no text, such as half a surrogate pair, can't be sent to PostgreSQL."""
+
+
 # Errors that the content of a patch caused: the same statement can never succeed.
 _UNSTORABLE: Final = (
+    UnencodableError,
     psycopg.DataError,
     psycopg.IntegrityError,
     psycopg.errors.ProgramLimitExceeded,
@@ -80,8 +89,18 @@ _UNSTORABLE: Final = (
     UnicodeError,
 )
 
-# The statement as a whole took too long; parts of it may not.
-_TOO_SLOW: Final = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled)
+# Errors that one row may cause without its patch being to blame: by its triggers or policies, by
+# damage, or because the statement took too long. The row may be written later, the others now.
+_ROW_REFUSED: Final = (
+    psycopg.errors.QueryCanceled,
+    psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.PlpgsqlError,
+    psycopg.errors.RaiseException,
+    psycopg.errors.InternalError_,
+    psycopg.errors.DataCorrupted,
+)
+
+_CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 
 # `data || patch` merges at the top level and keeps the API's other keys. The conditions are the
 # rules that no write may break: another queue's row is not ours; `since`: a start never goes
@@ -95,7 +114,7 @@ FROM json_to_recordset(%s::json)
 WHERE t.id = p.id
   AND jsonb_typeof(t.data) = 'object'
   AND coalesce(t.data->>'queueName', p.queue) = p.queue
-  AND (p.since IS NULL OR coalesce(t.data->>'startedAt', '') <= p.since)
+  AND (p.since IS NULL OR coalesce(t.data->>'startedAt', '') <= p.since COLLATE "C")
   AND (p.fence IS NULL OR t.data->>'startedAt' = p.fence)
   AND (p.settles OR t.data->>'status' IS DISTINCT FROM 'cancelled')
 RETURNING t.id
@@ -113,6 +132,11 @@ INSERT INTO tasks (id, data, created_at, updated_at)
 SELECT p.id, p.data, timezone('utc', now()), timezone('utc', now())
 FROM json_to_recordset(%s::json) AS p(id text, data jsonb)
 ON CONFLICT (id) DO NOTHING
+"""
+_LOCKED: Final = """
+WITH free AS MATERIALIZED (
+  SELECT id FROM tasks WHERE id = ANY(%(ids)s) FOR NO KEY UPDATE SKIP LOCKED)
+SELECT id FROM tasks WHERE id = ANY(%(ids)s) EXCEPT SELECT id FROM free
 """
 _LOOK: Final = """
 SELECT id, jsonb_typeof(data), data->>'queueName', data->>'status', data->>'startedAt'
@@ -137,16 +161,20 @@ class Write:
     Attributes:
         ready: the verdict, or `Verdict.LATE` where a start was waited for long enough.
         settled: the verdict, however long it takes; the same future unless `ready` was LATE.
-        alone: its row is locked by somebody, so it must not hold up others.
+        alone: it was put off before, so it must not hold up others.
+        puzzled: it was not written once, and nothing in its row says why.
+        is_smallest: it holds nothing more that could be left out.
     """
 
     __slots__ = (
         "alone",
         "created_at",
         "fence",
+        "is_smallest",
         "is_start",
         "new_row",
         "patch",
+        "puzzled",
         "queue",
         "ready",
         "row_id",
@@ -176,6 +204,8 @@ class Write:
         self.new_row = new_row
         self.is_start = patch.get("status") == "active"
         self.alone = False
+        self.puzzled = False
+        self.is_smallest = False
         self.created_at = loop.time()
         self.ready: asyncio.Future[Verdict] = loop.create_future()
         self.settled = self.ready
@@ -283,7 +313,7 @@ class StatusRecorder:
         if self._closed:
             raise PartDiedError("the status recorder is closed")
         self._waiting.append(write)
-        self._wake_lanes()
+        self.wake_lanes()
         if self._patrol is None and write.is_start:
             self._patrol = asyncio.get_running_loop().call_later(1.0, self._release_late)
         return write
@@ -297,32 +327,41 @@ class StatusRecorder:
         if len(self._waiting) < at_least:
             return []
         busy = {write.row_id for lane in self._lanes for write in lane.batch}
+        busy.update(write.row_id for write in self._postponed)
         batch: dict[str, Write] = {}
-        postponed: list[Write] = []
+        passed: list[Write] = []
+        room = MAX_BATCH_SIZE
         while self._waiting and len(batch) < MAX_BATCH:
             write = self._waiting.popleft()
-            if write.row_id in batch or write.row_id in busy or (write.alone and batch):
-                postponed.append(write)
-            else:
-                batch[write.row_id] = write
-                if write.alone:
-                    break
-        self._waiting.extendleft(reversed(postponed))
+            room -= len(write.text)
+            if batch and (write.alone or room < 0):
+                self._waiting.appendleft(write)
+                break
+            if write.row_id in batch or write.row_id in busy:
+                passed.append(write)
+                continue
+            batch[write.row_id] = write
+            if write.alone:
+                break
+        self._waiting.extendleft(reversed(passed))
         return list(batch.values())
 
     def postpone(self, write: Write) -> None:
-        """Try a write again in a while, by itself: somebody else holds its row."""
+        """Try a write again in a while, by itself; later writes of its row stay behind it."""
         write.alone = True
         self._postponed.add(write)
-        asyncio.get_running_loop().call_later(LOCKED_PAUSE, self._resume, write)
+        asyncio.get_running_loop().call_later(POSTPONED_PAUSE, self._resume, write)
 
     def _resume(self, write: Write) -> None:
         self._postponed.discard(write)
         if not write.settled.done():
-            self._waiting.append(write)
-            self._wake_lanes()
+            self._waiting.appendleft(write)
+        self.wake_lanes()
 
-    def _wake_lanes(self) -> None:
+    def wake_lanes(self) -> None:
+        """Set the lanes to work, if there is some."""
+        if not self._waiting:
+            return
         # The first lane takes what there is; the others help when a batch is full.
         for lane in self._lanes:
             if lane.idle.is_set():
@@ -389,9 +428,9 @@ class _Lane:
     async def close(self) -> None:
         if self.batch and self._connection is not None and not self._connection.closed:
             # psycopg would ask a server that may be away, for seconds, to cancel the statement.
-            with socket.socket(fileno=os.dup(self._connection.fileno())) as connected:
-                with contextlib.suppress(OSError):
-                    connected.shutdown(socket.SHUT_RDWR)
+            duplicate = socket.socket(fileno=os.dup(self._connection.fileno()))
+            with duplicate, contextlib.suppress(OSError):
+                duplicate.shutdown(socket.SHUT_RDWR)
             # The writes are given up, so the lane ends with its statement; unless it is dead.
             idle = asyncio.ensure_future(self.idle.wait())
             ends = {idle} if self.task is None else {idle, self.task}
@@ -423,13 +462,23 @@ class _Lane:
                 await self._commit()
                 self.batch = []
             self.idle.set()
+            if self._index > 0:
+                # What had to wait for a row in this lane's batch, the first lane can take now.
+                self._recorder.wake_lanes()
 
     async def _commit(self) -> None:
         """Write the batch, however often it takes."""
         pause = 0.0
-        while left := [write for write in self.batch if not write.settled.done()]:
+        while left := _unsettled(self.batch):
             try:
+                if left[0].alone:
+                    left = await self._without_locked(left)
                 await self._write(left)
+            except psycopg.errors.LockNotAvailable:
+                continue  # The whole table is locked; the lock's timeout was the pause.
+            except _CONFLICTS:
+                await asyncio.sleep(pause)
+                pause = min(max(pause * 2, RETRY_PAUSE), RETRY_PAUSE_MAX)
             except (psycopg.Error, OSError) as error:
                 await self._disconnect()
                 self._recorder.note_outage(error)
@@ -440,6 +489,8 @@ class _Lane:
 
     async def _write(self, writes: Sequence[Write]) -> None:
         """Write these; a bad one among them is found by halving, so the others are not held up."""
+        if not writes:
+            return
         try:
             written = await self._update(writes)
             failpoint("in-batch")
@@ -449,32 +500,59 @@ class _Lane:
                     write.settle(Verdict.WRITTEN)
             if refused:
                 await self._explain(refused)
-        except (*_UNSTORABLE, *_TOO_SLOW) as error:
-            if len(writes) > 1:
-                middle = len(writes) // 2
-                await self._write(writes[:middle])
-                await self._write(writes[middle:])
-            elif isinstance(error, _TOO_SLOW):
-                self.batch.remove(writes[0])
-                self._recorder.postpone(writes[0])
-            else:
-                await self._write_smallest(writes[0], error)
+        except psycopg.errors.LockNotAvailable as error:
+            left = _unsettled(writes)
+            free = await self._without_locked(left)
+            if len(free) < len(left):
+                await self._write(free)
+            else:  # somebody may be about to insert one of the rows
+                await self._write_halves(left, error)
+        except (*_UNSTORABLE, *_ROW_REFUSED) as error:
+            await self._write_halves(_unsettled(writes), error)
+
+    async def _write_halves(self, writes: Sequence[Write], error: Exception) -> None:
+        """Write what failed as a whole; one that fails by itself is made smaller, or put off."""
+        if len(writes) > 1:
+            middle = len(writes) // 2
+            await self._write(writes[:middle])
+            await self._write(writes[middle:])
+        elif writes and isinstance(error, _UNSTORABLE):
+            await self._write_smallest(writes[0], error)
+        elif writes:
+            self._put_off(writes[0], str(error))
+
+    async def _without_locked(self, writes: Sequence[Write]) -> list[Write]:
+        """Put off the writes whose rows somebody has locked; the others."""
+        connection = await self.connection()
+        cursor = await connection.execute(_LOCKED, {"ids": [write.row_id for write in writes]})
+        locked = {row[0] for row in await cursor.fetchall()}
+        for write in writes:
+            if write.row_id in locked:
+                self._put_off(write, "somebody has locked the row")
+        return [write for write in writes if write.row_id not in locked]
+
+    def _put_off(self, write: Write, reason: str) -> None:
+        if not write.alone:
+            log.warning("write_put_off", row=write.row_id, reason=mask_secrets(reason.strip()))
+        self.batch.remove(write)
+        self._recorder.postpone(write)
 
     async def _update(self, writes: Sequence[Write]) -> set[str]:
         statement = _RELAXED_UPDATE if all(w.is_start for w in writes) else _DURABLE_UPDATE
-        parameter = orjson.dumps([write.as_parameter() for write in writes])
+        parameter = _encode([write.as_parameter() for write in writes])
         connection = await self.connection()
         failpoint("batch-sent")
-        cursor = await connection.execute(statement, (parameter.decode(),))
+        cursor = await connection.execute(statement, (parameter,))
         return {row[0] for row in await cursor.fetchall()}
 
     async def _write_smallest(self, write: Write, error: Exception) -> None:
-        log.error("unstorable_patch", row=write.row_id, reason=mask_secrets(str(error).strip()))
-        smaller = _smallest_patch(write.patch)
-        if smaller == write.patch:
+        if write.is_smallest:
             write.settle(Verdict.UNSTORABLE)
             return
-        write.patch, write.text = smaller, orjson.dumps(smaller).decode()
+        log.error("unstorable_patch", row=write.row_id, reason=mask_secrets(str(error).strip()))
+        write.is_smallest = True
+        write.patch = _smallest_patch(write.patch)
+        write.text = orjson.dumps(write.patch).decode()
         write.new_row = None if write.new_row is None else _smallest_row(write.new_row)
         await self._write([write])
 
@@ -504,8 +582,11 @@ class _Lane:
                 write.fence is not None and started_at != write.fence
             ):
                 write.settle(Verdict.CONTESTED)
-            else:  # the row changed between the two statements
+            elif not write.puzzled:  # the row may have changed between the two statements
+                write.puzzled = True
                 again.append(write)
+            else:
+                self._put_off(write, "PostgreSQL leaves the row as it is, a trigger or a policy")
         if missing:
             await self._insert(missing)
             again += missing
@@ -521,7 +602,18 @@ class _Lane:
             if write.new_row
         ]
         connection = await self.connection()
-        await connection.execute(_INSERT, (orjson.dumps(rows).decode(),))
+        await connection.execute(_INSERT, (_encode(rows),))
+
+
+def _unsettled(writes: Iterable[Write]) -> list[Write]:
+    return [write for write in writes if not write.settled.done()]
+
+
+def _encode(rows: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return orjson.dumps(rows).decode()
+    except TypeError as error:  # which is how orjson refuses what it can't encode
+        raise UnencodableError(str(error)) from error
 
 
 def _smallest_patch(patch: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,661 @@
+"""The recorder against a real PostgreSQL: group commit, its guards, and what it survives."""
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import quote
+
+import orjson
+import psycopg
+import pytest
+
+from autoflow_worker import record, recorder
+from autoflow_worker.recorder import StatusRecorder, Verdict, Write
+from tests.support.database import Connection, Database, task_data
+from tests.support.until import until
+
+QUEUE = "a-queue"
+NOON = 1_767_355_200_000  # 2026-01-02T12:00:00Z
+
+# What was written, in order, by which transaction, and how durable that was. `hold` and `fail` make
+# one row's update take its time, or fail so many times; a sequence is not rolled back.
+SPY = """
+CREATE SEQUENCE failures;
+CREATE TABLE written (
+  number serial, id text, status text, durable text, transaction bigint DEFAULT txid_current());
+CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+  orders jsonb := OLD.data->'payload';
+BEGIN
+  IF orders ? 'hold' AND nextval('failures') <= (orders->>'times')::int THEN
+    PERFORM pg_sleep((orders->>'hold')::float);
+  END IF;
+  IF orders ? 'fail' AND nextval('failures') <= (orders->>'times')::int THEN
+    RAISE EXCEPTION 'as ordered' USING ERRCODE = orders->>'fail';
+  END IF;
+  INSERT INTO written (id, status, durable)
+  VALUES (NEW.id, NEW.data->>'status', current_setting('synchronous_commit'));
+  RETURN NEW;
+END $$;
+CREATE TRIGGER spy BEFORE UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION spy();
+"""
+
+
+def active(attempt: int = 1, at: int = NOON) -> dict[str, Any]:
+    return record.active_patch(now_ms=at, attempt=attempt)
+
+
+def completed(output: object = None) -> dict[str, Any]:
+    result = record.success_result(output, duration_ms=7)
+    return record.completed_patch(now_ms=NOON, result=result)
+
+
+def failed(reason: str = "no reason") -> dict[str, Any]:
+    error = record.error_record(reason, now_ms=NOON)
+    return record.failed_patch(now_ms=NOON, attempt=1, error=error)
+
+
+def write(row_id: str, patch: Mapping[str, Any], text: str | None = None, **guards: Any) -> Write:
+    queue = guards.pop("queue", QUEUE)
+    return Write(row_id, queue, patch, text or record.encode(dict(patch)), **guards)
+
+
+@asynccontextmanager
+async def recording(url: str, connections: int = 1) -> AsyncIterator[StatusRecorder]:
+    opened = StatusRecorder(url, max_connections=connections)
+    await opened.open(10)
+    try:
+        yield opened
+    finally:
+        await opened.close(5)
+
+
+@pytest.fixture
+async def keeper(db: Database) -> AsyncIterator[StatusRecorder]:
+    """A recorder with one connection on the test's database."""
+    async with recording(db.url) as opened:
+        yield opened
+
+
+async def settled(*writes: Write) -> list[Verdict]:
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(write.ready for write in writes))
+        return list(await asyncio.gather(*(write.settled for write in writes)))
+
+
+async def submit(opened: StatusRecorder, *writes: Write) -> list[Verdict]:
+    return await settled(*(opened.submit(write) for write in writes))
+
+
+async def spied(db: Database, what: str) -> list[Any]:
+    return [row[0] for row in await db.fetch(f"SELECT {what} FROM written ORDER BY number")]
+
+
+async def transactions(db: Database) -> int:
+    """How many statements wrote rows."""
+    return len(set(await spied(db, "transaction")))
+
+
+def with_settings(url: str, **settings: str) -> str:
+    """A URL whose sessions have these settings of PostgreSQL."""
+    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
+    return f"{url}?options={quote(options)}"
+
+
+def ids(count: int) -> list[str]:
+    return [f"task-{number}" for number in range(count)]
+
+
+async def insert_slow(db: Database) -> str:
+    """A row whose first update takes half a second."""
+    return await db.insert_task(QUEUE, {"hold": 0.5, "times": 1})
+
+
+async def insert_many(db: Database, count: int) -> list[str]:
+    await db.insert_tasks(QUEUE, {task_id: {} for task_id in ids(count)})
+    return ids(count)
+
+
+# -- group commit --------------------------------------------------------------------------------
+
+
+async def test_what_comes_while_a_statement_runs_is_the_next_statement(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    tasks = await insert_many(db, 300)
+    slow = await insert_slow(db)
+    await db.execute(SPY)
+    first = keeper.submit(write(slow, active()))
+    await until(lambda: keeper._lanes[0].batch)
+    verdicts = await submit(keeper, *(write(task_id, active()) for task_id in tasks))
+    assert {*verdicts, await first.settled} == {Verdict.WRITTEN}
+    assert await transactions(db) == 2
+    assert await db.statuses() == {"active": 301}
+
+
+async def test_alone_each_write_is_a_statement_of_its_own(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    tasks = await insert_many(db, 20)
+    await db.execute(SPY)
+    for task_id in tasks:
+        await submit(keeper, write(task_id, active()))
+        assert await db.status(task_id) == "active"
+    assert await transactions(db) == 20
+
+
+async def test_a_caller_goes_on_when_its_own_batch_is_committed(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    early = await db.insert_task(QUEUE)
+    late = await insert_slow(db)
+    await db.execute(SPY)
+    first = keeper.submit(write(early, completed()))
+    await until(lambda: not keeper._waiting)
+    second = keeper.submit(write(late, completed()))
+    assert await settled(first) == [Verdict.WRITTEN]
+    assert await db.status(early) == "completed"
+    assert not second.settled.done()
+    assert await settled(second) == [Verdict.WRITTEN]
+    assert await db.status(late) == "completed"
+
+
+async def test_writes_of_one_row_keep_their_order(keeper: StatusRecorder, db: Database) -> None:
+    tasks = await insert_many(db, 50)
+    slow = await insert_slow(db)
+    await db.execute(SPY)
+    keeper.submit(write(slow, active()))
+    await until(lambda: keeper._lanes[0].batch)
+    patches = [active(), record.handed_back_patch(), active(2, NOON + 1), completed()]
+    verdicts = await submit(keeper, *(write(task, patch) for patch in patches for task in tasks))
+    assert set(verdicts) == {Verdict.WRITTEN}
+    for task in tasks:
+        rows = await db.fetch("SELECT status FROM written WHERE id = %s ORDER BY number", task)
+        assert [status for (status,) in rows] == ["active", "pending", "active", "completed"]
+    assert await transactions(db) == 1 + len(patches)
+
+
+async def test_further_connections_take_what_one_statement_can_not_hold(db: Database) -> None:
+    tasks = await insert_many(db, 3 * recorder.MAX_BATCH)
+    await db.execute(SPY)
+    async with recording(db.url, connections=3) as several:
+        verdicts = await submit(
+            several,
+            *(write(task, active()) for task in tasks),
+            *(write(task, completed()) for task in tasks),
+        )
+    assert set(verdicts) == {Verdict.WRITTEN}
+    assert await db.statuses() == {"completed": len(tasks)}
+    backends = await db.fetch(
+        "SELECT count(*) FROM (SELECT id FROM written GROUP BY id"
+        " HAVING array_agg(status ORDER BY number) = '{active,completed}') AS in_order"
+    )
+    assert backends == [(len(tasks),)]
+
+
+async def test_large_patches_do_not_pile_up_in_one_statement(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    tasks = await insert_many(db, 40)
+    await db.execute(SPY)
+    text = "x" * (recorder.MAX_BATCH_SIZE // 10)
+    verdicts = await submit(keeper, *(write(task, completed(text)) for task in tasks))
+    assert set(verdicts) == {Verdict.WRITTEN}
+    assert await transactions(db) >= 4
+
+
+async def test_only_batches_of_starts_do_not_wait_for_the_disk(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    tasks = await insert_many(db, 4)
+    await db.execute(SPY)
+    await submit(keeper, *(write(task, active()) for task in tasks[:3]))
+    await submit(keeper, write(tasks[0], completed()), write(tasks[3], active()))
+    await submit(keeper, write(tasks[1], failed()))
+    await submit(keeper, write(tasks[2], active(2)))
+    assert await spied(db, "durable") == ["off"] * 3 + ["on"] * 3 + ["off"]
+
+
+# -- the row -------------------------------------------------------------------------------------
+
+
+async def test_a_patch_is_merged_and_other_keys_stay(keeper: StatusRecorder, db: Database) -> None:
+    task = await db.insert_task(QUEUE, {"a": [1]}, userId="u-1", externalId="e-1", priority="high")
+    before = await db.row(task) or {}
+    patch = completed({"sent": True})
+    assert await submit(keeper, write(task, patch)) == [Verdict.WRITTEN]
+    assert await db.row(task) == before | patch
+
+
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/St_Johns", "UTC"])
+async def test_times_are_utc_whatever_the_time_zone(db: Database, zone: str) -> None:
+    task = await db.insert_task(QUEUE)
+    new_row = task_data(QUEUE, {})
+    async with recording(with_settings(db.url, TimeZone=zone)) as opened:
+        await submit(
+            opened, write(task, active()), write("a-new-one", active(), new_row=lambda: new_row)
+        )
+    times = await db.fetch(
+        "SELECT timezone('utc', now()) - updated_at FROM tasks"
+        " UNION ALL SELECT timezone('utc', now()) - created_at FROM tasks WHERE id = 'a-new-one'"
+    )
+    assert len(times) == 3
+    assert all(0 <= since.total_seconds() < 600 for (since,) in times)
+
+
+@pytest.mark.parametrize(
+    ("shown", "guard", "verdict"),
+    [
+        (None, {"since": record.iso(NOON)}, Verdict.WRITTEN),
+        (record.iso(NOON - 1), {"since": record.iso(NOON)}, Verdict.WRITTEN),
+        (record.iso(NOON), {"since": record.iso(NOON)}, Verdict.WRITTEN),
+        (record.iso(NOON + 1), {"since": record.iso(NOON)}, Verdict.CONTESTED),
+        ("2026-01-02T12:00:00Z", {"since": record.iso(NOON + 5)}, Verdict.CONTESTED),
+        (record.iso(NOON), {"fence": record.iso(NOON)}, Verdict.WRITTEN),
+        (record.iso(NOON - 1), {"fence": record.iso(NOON)}, Verdict.CONTESTED),
+        (record.iso(NOON + 1), {"fence": record.iso(NOON)}, Verdict.CONTESTED),
+        (None, {"fence": record.iso(NOON)}, Verdict.CONTESTED),
+        (record.iso(NOON + 1), {}, Verdict.WRITTEN),
+    ],
+)
+@pytest.mark.foreign_rows
+async def test_a_write_goes_only_into_the_row_of_its_own_attempt(
+    keeper: StatusRecorder,
+    db: Database,
+    shown: str | None,
+    guard: dict[str, str],
+    verdict: Verdict,
+) -> None:
+    task = await db.insert_task(QUEUE, startedAt=shown, status="active")
+    before = await db.row(task) or {}
+    patch = active(2) if "since" in guard else failed()
+    assert await submit(keeper, write(task, patch, **guard)) == [verdict]
+    expected = before | patch if verdict is Verdict.WRITTEN else before
+    assert await db.row(task) == expected
+
+
+@pytest.mark.parametrize(
+    ("patch", "verdict", "status"),
+    [
+        (active(), Verdict.CANCELLED, "cancelled"),
+        (failed(), Verdict.CANCELLED, "cancelled"),
+        (record.handed_back_patch(), Verdict.CANCELLED, "cancelled"),
+        # The work was done after all.
+        (completed(), Verdict.WRITTEN, "completed"),
+    ],
+)
+async def test_a_cancelled_row_stays_cancelled(
+    keeper: StatusRecorder, db: Database, patch: dict[str, Any], verdict: Verdict, status: str
+) -> None:
+    task = await db.insert_task(QUEUE, status="cancelled")
+    assert await submit(keeper, write(task, patch)) == [verdict]
+    assert await db.status(task) == status
+
+
+async def test_another_queues_row_is_left_alone(keeper: StatusRecorder, db: Database) -> None:
+    task = await db.insert_task("another-queue", {"theirs": True})
+    theirs = await db.row(task)
+    new_row = task_data(QUEUE, {"ours": True})
+    [verdict] = await submit(keeper, write(task, active(), new_row=lambda: new_row))
+    assert verdict is Verdict.WRITTEN
+    assert await db.row(task) == theirs
+    assert await db.row(f"{QUEUE}:{task}") == new_row | active()
+    # Later writes of the same job find their way; where no row is wanted, none is made.
+    assert await submit(keeper, write(task, completed())) == [Verdict.WRITTEN]
+    assert await db.status(f"{QUEUE}:{task}") == "completed"
+    assert await submit(keeper, write(task, active(), queue="third")) == [Verdict.MISSING]
+    assert len(await db.rows()) == 2
+
+
+@pytest.mark.foreign_rows
+@pytest.mark.parametrize("data", ["null", "[]", '"text"', "1", '[{"status": "pending"}]'])
+async def test_a_row_that_is_not_an_object_is_left_alone(
+    keeper: StatusRecorder, db: Database, data: str
+) -> None:
+    other = await db.insert_task(QUEUE)
+    await db.execute("INSERT INTO tasks (id, data) VALUES ('odd', %s)", data)
+    new_row = task_data(QUEUE, {})
+    verdicts = await submit(
+        keeper, write("odd", active(), new_row=lambda: new_row), write(other, active())
+    )
+    assert verdicts == [Verdict.MISSING, Verdict.WRITTEN]
+    assert await db.fetch("SELECT data FROM tasks WHERE id = 'odd'") == [(json.loads(data),)]
+
+
+async def test_a_row_without_a_queue_is_ours(keeper: StatusRecorder, db: Database) -> None:
+    task = await db.insert_task(QUEUE)
+    await db.execute("UPDATE tasks SET data = data - 'queueName'")
+    assert await submit(keeper, write(task, active())) == [Verdict.WRITTEN]
+    await db.execute(
+        "UPDATE tasks SET data = data || jsonb_build_object('queueName', %s::text)", QUEUE
+    )
+
+
+async def test_a_missing_row_is_made_where_one_is_wanted(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    wanted = task_data(QUEUE, {"a": 1})
+    there = await db.insert_task(QUEUE)
+    verdicts = await submit(
+        keeper,
+        write("unwanted", active()),
+        write("wanted", active(), new_row=lambda: wanted),
+        write(there, active(), new_row=lambda: wanted),
+    )
+    assert verdicts == [Verdict.MISSING, Verdict.WRITTEN, Verdict.WRITTEN]
+    rows = await db.rows()
+    assert rows.keys() == {"wanted", there}
+    assert rows["wanted"] == wanted | active()
+    assert rows[there]["payload"] == {}
+
+
+async def test_a_row_deleted_meanwhile_is_not_made_again(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    task = await db.insert_task(QUEUE)
+    await submit(keeper, write(task, active()))
+    await db.execute("DELETE FROM tasks")
+    assert await submit(keeper, write(task, completed())) == [Verdict.MISSING]
+    assert await db.rows() == {}
+
+
+async def test_a_trigger_that_swallows_writes_does_not_hold_up_others(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    tasks = await insert_many(db, 10)
+    await db.execute(
+        "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        "CREATE TRIGGER swallow BEFORE UPDATE ON tasks FOR EACH ROW"
+        " WHEN (OLD.id = 'task-3') EXECUTE FUNCTION swallow()"
+    )
+    writes = [keeper.submit(write(task, active())) for task in tasks]
+    await settled(*(w for w in writes if w.row_id != "task-3"))
+    assert await submit(keeper, write(tasks[0], completed())) == [Verdict.WRITTEN]
+    assert not writes[3].settled.done()
+    await db.execute("DROP TRIGGER swallow ON tasks")
+    assert await settled(writes[3]) == [Verdict.WRITTEN]
+
+
+# -- what PostgreSQL will never take ---------------------------------------------------------------
+
+BAD_TEXTS = {
+    "nul": r'"\u0000"',
+    "escaped surrogate": r'"\ud800"',
+    "python surrogate": '"\ud800"',
+    "huge number": "1e400000",
+    "no JSON": '"unfinished',
+    "too deep": "[" * 50_000 + "]" * 50_000,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEXTS)
+async def test_one_bad_patch_among_many_is_found(
+    keeper: StatusRecorder, db: Database, kind: str
+) -> None:
+    tasks = await insert_many(db, 200)
+    await db.execute(SPY)
+    writes = [write(task, completed(number)) for number, task in enumerate(tasks)]
+    bad = writes[77]
+    bad.text = bad.text.replace('"output":77', f'"output":{BAD_TEXTS[kind]}')
+    assert set(await submit(keeper, *writes)) == {Verdict.WRITTEN}
+    rows = await db.rows()
+    # The bad row gets what still is true of it.
+    assert rows["task-77"]["status"] == "completed"
+    assert rows["task-77"]["result"] == {"success": True, "duration": 7}
+    outputs = {number: rows[task]["result"].get("output") for number, task in enumerate(tasks)}
+    assert outputs == {number: number if number != 77 else None for number in range(200)}
+    # Each was written once, and the bad one was found by halving.
+    assert len(await spied(db, "id")) == 200
+    assert await transactions(db) <= 12
+
+
+async def test_a_reason_that_can_not_be_stored_is_replaced(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    task = await db.insert_task(QUEUE)
+    bad = write(task, failed("bad"))
+    bad.text = bad.text.replace('"bad"', r'"\u0000"')
+    assert await submit(keeper, bad) == [Verdict.WRITTEN]
+    row = await db.task(task)
+    assert row.status == "failed"
+    assert row.error is not None
+    assert "can't be stored" in row.error.reason
+
+
+@pytest.mark.parametrize("row_id", ["nul\0", "surrogate\udc80", "\ud800"])
+async def test_an_id_that_can_not_be_stored_costs_its_own_history(
+    keeper: StatusRecorder, db: Database, row_id: str
+) -> None:
+    tasks = await insert_many(db, 20)
+    new_row = task_data(QUEUE, {})
+    bad = write(row_id, completed(), new_row=lambda: new_row)
+    verdicts = await submit(keeper, *(write(task, completed()) for task in tasks), bad)
+    assert verdicts == [Verdict.WRITTEN] * 20 + [Verdict.UNSTORABLE]
+    assert await submit(keeper, write(row_id, active())) == [Verdict.UNSTORABLE]
+    assert await db.statuses() == {"completed": 20}
+
+
+async def test_a_new_row_that_can_not_be_stored_costs_its_own_history(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    tasks = await insert_many(db, 20)
+    await db.execute(SPY)
+    # No index takes so long a name.
+    bad_row = task_data(secrets.token_hex(4000), {})
+    good_row = task_data(QUEUE, {"good": 1})
+    writes = [write(task, active()) for task in tasks]
+    writes.insert(7, write("new-bad", active(), new_row=lambda: bad_row))
+    writes.append(write("new-good", active(), new_row=lambda: good_row))
+    verdicts = await submit(keeper, *writes)
+    assert verdicts[7] is Verdict.UNSTORABLE
+    assert verdicts.count(Verdict.WRITTEN) == 21
+    rows = await db.rows()
+    assert rows.keys() == {*tasks, "new-good"}
+    assert rows["new-good"] == good_row | active()
+    # What was written before the bad row showed is not written again.
+    assert sorted(await spied(db, "id")) == sorted([*tasks, "new-good"])
+
+
+# -- locks, time limits and conflicts --------------------------------------------------------------
+
+
+@asynccontextmanager
+async def locked(db: Database, statement: str) -> AsyncIterator[Connection]:
+    """A session of somebody else that holds a lock for the length of the block."""
+    async with await Connection.connect(db.url) as other:
+        await other.execute(statement)
+        yield other
+        await other.rollback()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT * FROM tasks WHERE id = 'task-57' FOR UPDATE",
+        "UPDATE tasks SET updated_at = now() WHERE id = 'task-57'",
+        "DELETE FROM tasks WHERE id = 'task-57'",
+    ],
+)
+async def test_a_row_that_somebody_holds_does_not_hold_up_the_others(
+    keeper: StatusRecorder, db: Database, statement: str
+) -> None:
+    tasks = await insert_many(db, 200)
+    await db.execute(SPY)
+    async with locked(db, statement):
+        held = keeper.submit(write("task-57", completed()))
+        others = [task for task in tasks if task != "task-57"]
+        for patch in (active(), completed()):
+            verdicts = await submit(keeper, *(write(task, patch) for task in others))
+            assert set(verdicts) == {Verdict.WRITTEN}
+        assert not held.settled.done()
+        # The locked row is not found by trying halves, each of which would wait for it.
+        assert await transactions(db) <= 4
+    assert await settled(held) == [Verdict.WRITTEN]
+    assert await db.statuses() == {"completed": 200}
+
+
+async def test_writes_of_a_locked_row_keep_their_order(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    task = await db.insert_task(QUEUE)
+    await db.execute(SPY)
+    async with locked(db, "SELECT * FROM tasks FOR UPDATE"):
+        first = keeper.submit(write(task, active()))
+        await until(lambda: keeper._postponed)
+        second = keeper.submit(write(task, completed()))
+    assert await settled(first, second) == [Verdict.WRITTEN, Verdict.WRITTEN]
+    assert await spied(db, "status") == ["active", "completed"]
+
+
+async def test_a_row_that_is_just_being_inserted(keeper: StatusRecorder, db: Database) -> None:
+    other = await db.insert_task(QUEUE)
+    row = task_data(QUEUE, {"whose": "theirs"})
+    ours = task_data(QUEUE, {"whose": "ours"})
+    async with await Connection.connect(db.url) as their:
+        await their.execute("INSERT INTO tasks VALUES ('new', %s)", (json.dumps(row),))
+        held = keeper.submit(write("new", active(), new_row=lambda: ours))
+        assert await submit(keeper, write(other, active())) == [Verdict.WRITTEN]
+        assert await submit(keeper, write(other, completed())) == [Verdict.WRITTEN]
+        assert not held.settled.done()
+    assert await settled(held) == [Verdict.WRITTEN]
+    assert await db.row("new") == row | active()
+
+
+@pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE"])
+async def test_a_locked_table_is_waited_for(
+    keeper: StatusRecorder, db: Database, mode: str
+) -> None:
+    tasks = await insert_many(db, 50)
+    async with locked(db, f"LOCK TABLE tasks IN {mode} MODE"):
+        writes = [keeper.submit(write(task, completed())) for task in tasks]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2):
+                await asyncio.shield(writes[0].settled)
+    assert set(await settled(*writes)) == {Verdict.WRITTEN}
+    assert await submit(keeper, write(tasks[0], failed())) == [Verdict.WRITTEN]
+
+
+async def test_a_statement_that_takes_too_long_is_written_in_parts(db: Database) -> None:
+    tasks = await insert_many(db, 50)
+    # The session's first ten updates of these take 0.15 s each.
+    slow = [await db.insert_task(QUEUE, {"hold": 0.15, "times": 10}) for _ in range(4)]
+    await db.execute(SPY)
+    async with recording(with_settings(db.url, statement_timeout="250ms")) as opened:
+        verdicts = await submit(opened, *(write(task, completed()) for task in [*tasks, *slow]))
+    assert set(verdicts) == {Verdict.WRITTEN}
+    assert await db.statuses() == {"completed": 54}
+
+
+@pytest.mark.parametrize("code", ["40P01", "40001"])
+async def test_conflicts_are_tried_again(keeper: StatusRecorder, db: Database, code: str) -> None:
+    tasks = await insert_many(db, 20)
+    victim = await db.insert_task(QUEUE, {"fail": code, "times": 3})
+    await db.execute(SPY)
+    verdicts = await submit(keeper, *(write(task, completed()) for task in [*tasks, victim]))
+    assert set(verdicts) == {Verdict.WRITTEN}
+    assert await db.statuses() == {"completed": 21}
+
+
+async def test_a_real_deadlock_is_tried_again(db: Database) -> None:
+    first = await db.insert_task(QUEUE, {"hold": 0.3, "times": 1}, task_id="first")
+    second = await db.insert_task(QUEUE, task_id="second")
+    await db.execute(SPY)
+    url = with_settings(db.url, deadlock_timeout="10ms", lock_timeout="10s")
+    async with recording(url) as opened, await Connection.connect(db.url) as other:
+        await other.execute("SELECT * FROM tasks WHERE id = 'second' FOR UPDATE")
+        writes = [opened.submit(write(task, completed())) for task in (first, second)]
+
+        async def asleep() -> list[Any]:
+            return await db.fetch("SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+
+        await until(asleep)
+        # It has the first row and will want the second; whichever is the victim, nothing is lost.
+        await other.execute("SELECT * FROM tasks WHERE id = 'first' FOR UPDATE")
+        await other.rollback()
+        assert await settled(*writes) == [Verdict.WRITTEN, Verdict.WRITTEN]
+    assert await db.statuses() == {"completed": 2}
+
+
+async def test_a_serialization_failure_is_tried_again(db: Database) -> None:
+    tasks = await insert_many(db, 5)
+    url = with_settings(db.url, default_transaction_isolation=r"repeatable\ read")
+    async with recording(url) as opened, await Connection.connect(db.url) as other:
+        await other.execute("UPDATE tasks SET updated_at = now() WHERE id = 'task-2'")
+        writes = [opened.submit(write(task, completed())) for task in tasks]
+
+        async def waiting() -> list[Any]:
+            return await db.fetch("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+
+        await until(waiting)
+        await other.commit()
+        assert set(await settled(*writes)) == {Verdict.WRITTEN}
+    assert await db.statuses() == {"completed": 5}
+
+
+@pytest.mark.parametrize("code", ["P0001", "42501", "XX000"])
+async def test_a_row_that_is_refused_for_an_odd_reason_does_not_hold_up_the_others(
+    keeper: StatusRecorder, db: Database, code: str
+) -> None:
+    tasks = await insert_many(db, 20)
+    victim = await db.insert_task(QUEUE, {"fail": code, "times": 1_000_000})
+    await db.execute(SPY)
+    held = keeper.submit(write(victim, completed()))
+    for patch in (active(), completed()):
+        verdicts = await submit(keeper, *(write(task, patch) for task in tasks))
+        assert set(verdicts) == {Verdict.WRITTEN}
+    assert not held.settled.done()
+    await db.execute("DROP TRIGGER spy ON tasks")
+    assert await settled(held) == [Verdict.WRITTEN]
+
+
+async def test_connections_that_are_ended_are_replaced(db: Database) -> None:
+    tasks = await insert_many(db, 400)
+
+    async def keep_writing(opened: StatusRecorder, task: str) -> None:
+        for attempt in range(1, 11):
+            assert await submit(opened, write(task, active(attempt))) == [Verdict.WRITTEN]
+        assert await submit(opened, write(task, completed())) == [Verdict.WRITTEN]
+
+    async def end_connections() -> None:
+        for _ in range(8):
+            await db.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            await asyncio.sleep(0.05)
+
+    async with recording(db.url, connections=3) as opened:
+        await asyncio.gather(end_connections(), *(keep_writing(opened, task) for task in tasks))
+    assert await db.statuses() == {"completed": 400}
+    assert await db.fetch("SELECT DISTINCT data->>'attempts' FROM tasks") == [("10",)]
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 50_000])
+@pytest.mark.parametrize("statement", [recorder._DURABLE_UPDATE, recorder._RELAXED_UPDATE])
+async def test_rows_are_found_by_primary_key_whatever_the_tables_size(
+    keeper: StatusRecorder, db: Database, size: int, statement: str
+) -> None:
+    await db.execute(
+        "INSERT INTO tasks (id, data) SELECT 'row-' || n, %s FROM generate_series(1, %s::int) AS n",
+        orjson.dumps(task_data(QUEUE, {})).decode(),
+        size,
+    )
+    if size:
+        await db.execute("ANALYZE tasks")
+    writes = [write(f"row-{number}", completed()) for number in range(500)]
+    parameter = orjson.dumps([w.as_parameter() for w in writes]).decode()
+    literal = psycopg.sql.Literal(parameter).as_string(db.connection)
+    session = await keeper.connect()
+    try:
+        explained = await session.execute("EXPLAIN " + statement.replace("%s", literal))
+        plan = "\n".join(row[0] for row in await explained.fetchall())
+    finally:
+        await session.close()
+    assert "using tasks_pkey" in plan
+    assert "Seq Scan" not in plan
