@@ -21,8 +21,11 @@ log = structlog.get_logger(__name__)
 EXIT_CLEAN: Final = 0
 EXIT_HANDED_BACK: Final = 4
 
-CLOSE_TIMEOUT: Final = 1.0
-"""Seconds past the deadline for handing jobs back, and then for the recorder's last batch."""
+CLOSE_TIMEOUT: Final = 1.3
+"""Seconds past the deadline for cutting off what runs, and handing it back."""
+
+FLUSH_TIMEOUT: Final = 0.2
+"""Seconds after that for what the recorder still has: nobody waits for it any more."""
 
 
 class WorkerService:
@@ -50,13 +53,28 @@ class WorkerService:
             WorkerError: it could not start, or a part of it died; everything is closed then.
         """
         try:
-            await self._open()
+            if not await self._open_unless(stop):
+                return EXIT_CLEAN
             self._start()
             await self._watch(stop)
             cut_off = await self._drain(abort)
         finally:
             await self._close()
         return EXIT_HANDED_BACK if cut_off else EXIT_CLEAN
+
+    async def _open_unless(self, stop: asyncio.Event) -> bool:
+        """Connect to everything; give it up, and return False, when it is to stop already."""
+        opening: asyncio.Future[Any] = asyncio.ensure_future(self._open())
+        stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                opening.result()
+            return opening.done()
+        finally:
+            stopping.cancel()
+            opening.cancel()
+            await asyncio.wait([opening])
 
     async def _open(self) -> None:
         """Connect to everything; all or none."""
@@ -143,7 +161,7 @@ class WorkerService:
         """Close in the order of need: the recorder serves the workers, Redis serves both."""
         await self._close_workers()
         if self._recorder is not None:
-            await self._recorder.close(CLOSE_TIMEOUT)
+            await self._recorder.close(FLUSH_TIMEOUT)
         if self._redis is not None:
             await self._redis.aclose()
         log.info("worker_stopped")

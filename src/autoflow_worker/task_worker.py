@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from autoflow_worker import record
 from autoflow_worker.errors import NotStorableError, PayloadError, WorkerError
-from autoflow_worker.execution import Outcome, execute
+from autoflow_worker.execution import UNWIND_PATIENCE, Outcome, execute
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.job_history import JobHistory
 from autoflow_worker.job_queue import (
@@ -54,7 +54,10 @@ OUTAGE_PAUSE_MAX: Final = 1.0
 STALLED_INTERVAL_MS: Final = 30_000
 """BullMQ's `stalledInterval`: how often a worker looks for jobs that a dead one left behind."""
 
-RECORD_HANDED_BACK: Final = 0.5
+CUT_OFF_PATIENCE: Final = UNWIND_PATIENCE + 0.2
+"""Seconds at the deadline for handlers to clean up, and for what finishes then to be recorded."""
+
+RECORD_HANDED_BACK: Final = 0.3
 """Seconds that recording `pending` may take at the deadline; the jobs are handed back anyway."""
 
 T = TypeVar("T")
@@ -89,6 +92,7 @@ class TaskWorker:
         self._tokens = 0
         self._running: dict[Claim, JobHistory] = {}
         self._stopping = False
+        self._closed = False
         self._wake = asyncio.Event()
         self._fetching = asyncio.Lock()
         self._drained = False
@@ -130,28 +134,39 @@ class TaskWorker:
         """Cancel what still runs, and hand back whatever this worker holds. May be called twice.
 
         Args:
-            timeout: seconds that recording and handing back may take.
+            timeout: seconds for all of it.
 
         Returns:
             How many jobs were cut off.
         """
+        deadline = asyncio.get_running_loop().time() + timeout
         self.stop()
+        await self._cut_off_slots()
         cut_off = len(self._running)
-        for slot in self._slots:
-            slot.cancel()
-        await self.drained()
-        try:
-            async with asyncio.timeout(timeout):
-                await self._hand_back_all()
-        except (TimeoutError, RedisError) as error:
-            # Nothing is lost: another worker finds these jobs stalled, and runs them.
-            log.error("jobs_not_handed_back", queue=self.task.queue_name, reason=str(error))
+        if not self._closed:
+            self._closed = True
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._hand_back_all()
+            except (TimeoutError, RedisError) as error:
+                # Nothing is lost: another worker finds these jobs stalled, and runs them.
+                reason = str(error) or "Redis did not answer in time"
+                log.error("jobs_not_handed_back", queue=self.task.queue_name, reason=reason)
         for keeper in self._keepers:
             keeper.cancel()
         if self._keepers:
             await asyncio.wait(self._keepers)
         self._running.clear()
         return cut_off
+
+    async def _cut_off_slots(self) -> None:
+        left = set(self._slots)
+        while left:
+            for slot in left:
+                slot.cancel()
+            # A handler that finished all the same takes the first cancellation with it: its outcome
+            # may be recorded, but by no server that is away.
+            left = (await asyncio.wait(left, timeout=CUT_OFF_PATIENCE))[1]
 
     async def _hand_back_all(self) -> None:
         """Hand back what Redis says is ours: also what came with a reply that nobody awaited."""
@@ -172,8 +187,9 @@ class TaskWorker:
         try:
             await self._queue.hand_back(claim)
             log.info("job_handed_back", queue=self.task.queue_name, task_id=claim.id)
-        except LockLostError:
-            log.warning("job_lost", queue=self.task.queue_name, task_id=claim.id)
+        except (LockLostError, MalformedJobError, ChildrenLeftError) as error:
+            reason = str(error)
+            log.warning("job_lost", queue=self.task.queue_name, task_id=claim.id, reason=reason)
 
     # -- slots -----------------------------------------------------------------------------------
 
