@@ -17,7 +17,7 @@ from psycopg.types.json import Jsonb
 from chaos.effects import Key
 from chaos.tasks import DOOMED, FLAKY, QUEUES, QUICK, SLOW, SYNC
 from tests.support.database import task_data
-from tests.support.node import Node, Scheduled
+from tests.support.node import Node, NodeError, Scheduled
 
 # The comparison at the end needs every job, whatever became of it.
 Priority = Literal["critical", "high", "normal", "low"]
@@ -131,7 +131,7 @@ class Producer:
         for job in jobs:
             if not job.numbered:
                 by_queue[job.queue].append(job.job)
-        await asyncio.gather(*(node.schedule_all(queue, by_queue[queue]) for queue in by_queue))
+        await asyncio.gather(*(_schedule_all(node, queue, by_queue[queue]) for queue in by_queue))
         await self._insist(lambda connection: _merge_external_ids(connection, with_row))
 
     async def add_numbered(self, jobs: Sequence[PlannedJob]) -> None:
@@ -159,6 +159,18 @@ class Producer:
                 await asyncio.sleep(0.2)
             else:
                 return
+
+
+async def _schedule_all(node: Node, queue: str, jobs: Sequence[Scheduled]) -> None:
+    while True:
+        try:
+            await node.schedule_all(queue, jobs)
+        except NodeError as error:
+            # ioredis gives a transaction up when its connection is cut. The ids make it repeatable.
+            if "Command aborted" not in str(error):
+                raise
+        else:
+            return
 
 
 async def _insert_rows(
