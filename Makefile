@@ -67,6 +67,9 @@ docker-run: ## run the image with Redis and PostgreSQL beside it
 image-test: $(INSTALLED) ## build the image without Docker, run jobs through it, stop it (Debian, root)
 	$(BIN)/python -m scripts.image_test
 
+interleavings: $(INSTALLED) ## drive 10,000 interleavings of claims, writes, stalls, cancels through one row
+	INTERLEAVINGS=10000 $(BIN)/python -m pytest -q tests/integration/test_never_backwards.py
+
 bench: $(INSTALLED) $(NODE_INSTALLED) ## measure jobs per second
 	$(BIN)/python -m bench
 

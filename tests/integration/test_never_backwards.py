@@ -1,0 +1,238 @@
+"""Whatever order claims, writes, stalls, cancels and retries come in, a row never goes backwards.
+
+A model of one job (who holds it, what its row has to say) is driven through random interleavings,
+each against a row of its own in a real PostgreSQL, written by the real `JobHistory` and
+`StatusRecorder`. `make interleavings` runs 10,000 of them.
+"""
+
+import asyncio
+import itertools
+import os
+from dataclasses import dataclass
+from typing import Any, LiteralString
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from psycopg.types.json import Jsonb
+
+from autoflow_worker import record
+from autoflow_worker.job_history import JobHistory
+from autoflow_worker.job_queue import LockLostError
+from autoflow_worker.recorder import StatusRecorder, Verdict
+from tests.support.database import Connection
+
+QUEUE = "reports-render"
+EXAMPLES = int(os.environ.get("INTERLEAVINGS", "300"))
+NOW_MS = 1_790_000_000_000
+
+Row = dict[str, Any]
+
+FAILURE = record.error_record("it did not work", NOW_MS)
+OUTCOMES: dict[str, Row] = {
+    "completed": record.completed_patch(now_ms=NOW_MS, result=record.success_result(1, 2)),
+    "failed": record.failed_patch(now_ms=NOW_MS, attempt=1, error=FAILURE),
+    "delayed": record.delayed_patch(until_ms=NOW_MS, attempt=1, error=FAILURE),
+    "pending": record.pending_patch(attempt=1, error=FAILURE),
+    "handed back": record.handed_back_patch(),
+}
+
+
+@dataclass(eq=False)
+class Attempt:
+    history: JobHistory
+    clock_ms: int
+    started: bool = False
+
+
+class Stores:
+    """A recorder and the API's connection, on a loop of their own, for all interleavings."""
+
+    def __init__(self, runner: asyncio.Runner, database_url: str) -> None:
+        self.run = runner.run
+        self.numbers = itertools.count()
+        self.recorder = StatusRecorder(database_url)
+        self.run(self.recorder.open(10))
+        self.connection = self.run(Connection.connect(database_url, autocommit=True))
+
+    def execute(self, statement: LiteralString, *arguments: object) -> list[tuple[Any, ...]]:
+        async def execute() -> list[tuple[Any, ...]]:
+            cursor = await self.connection.execute(statement, arguments)
+            return await cursor.fetchall() if cursor.description else []
+
+        return self.run(execute())
+
+    def close(self) -> None:
+        self.run(self.recorder.close(1))
+        self.run(self.connection.close())
+
+
+class Interleaving(RuleBasedStateMachine):
+    """One job, the API, and every worker that ever held the job."""
+
+    def __init__(self, stores: Stores) -> None:
+        super().__init__()
+        self.stores = stores
+        self.row_id = f"job-{next(stores.numbers)}"
+        self.attempts: list[Attempt] = []
+        self.holder: Attempt | None = None
+        self.waiting = True
+        self.clock_ms = NOW_MS
+        self.user_id = "ann"
+        row = new_row() | {"userId": self.user_id}
+        stores.execute("INSERT INTO tasks (id, data) VALUES (%s, %s)", self.row_id, Jsonb(row))
+
+    def teardown(self) -> None:
+        self.stores.execute("DELETE FROM tasks WHERE id = %s", self.row_id)
+
+    @property
+    def row(self) -> Row:
+        [(data,)] = self.stores.execute("SELECT data FROM tasks WHERE id = %s", self.row_id)
+        row: Row = data
+        return row
+
+    @property
+    def unstarted(self) -> list[Attempt]:
+        return [attempt for attempt in self.attempts if not attempt.started]
+
+    @property
+    def stale(self) -> list[Attempt]:
+        return [a for a in self.attempts if a.started and a is not self.holder]
+
+    # -- workers ---------------------------------------------------------------------------------
+
+    @rule(skew_ms=st.integers(-5_000, 5_000))
+    @precondition(lambda self: self.waiting)
+    def claim(self, skew_ms: int) -> None:
+        """A worker whose clock is off by so much fetches the job."""
+        self.clock_ms += 1
+        attempt: Attempt
+
+        async def make_sure() -> None:
+            if self.holder is not attempt:
+                raise LockLostError("another worker took the job over")
+
+        history = JobHistory(self.stores.recorder, self.row_id, QUEUE, None, make_sure)
+        attempt = Attempt(history, self.clock_ms + skew_ms)
+        self.attempts.append(attempt)
+        self.holder, self.waiting = attempt, False
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.unstarted)
+    def start(self, data: st.DataObject) -> None:
+        """An attempt records its start; one that lost its job meanwhile may do so late."""
+        attempt = data.draw(st.sampled_from(self.unstarted), label="attempt")
+        attempt.started = True
+        before = self.row
+        patch = record.active_patch(now_ms=attempt.clock_ms, attempt=1)
+        try:
+            verdict = self.stores.run(attempt.history.start(patch))
+        except LockLostError:
+            assert attempt is not self.holder
+            assert self.row == before, "a stale attempt changes nothing"
+            return
+        if verdict is Verdict.CANCELLED:
+            assert before["status"] == "cancelled"
+            assert self.row == before
+            if attempt is self.holder:  # the job fails in BullMQ, and its handler never runs
+                self.holder = None
+        elif attempt is self.holder:
+            assert self.row == before | patch
+
+    @rule(outcome=st.sampled_from(sorted(OUTCOMES)))
+    @precondition(lambda self: self.holder is not None and self.holder.started)
+    def finish(self, outcome: str) -> None:
+        """The holder records what came of it; then BullMQ follows."""
+        assert self.holder is not None
+        before, patch = self.row, OUTCOMES[outcome]
+        verdict = self.stores.run(self.holder.history.finish(patch))
+        self.holder = None
+        if before["status"] == "cancelled" and outcome != "completed":
+            assert verdict is Verdict.CANCELLED
+            assert self.row == before
+        else:
+            assert verdict is Verdict.WRITTEN
+            assert self.row == before | patch
+            self.waiting = outcome in ("delayed", "pending", "handed back")
+
+    @rule(data=st.data(), outcome=st.sampled_from(sorted(OUTCOMES)))
+    @precondition(lambda self: self.stale and self.holder is not None and self.holder.started)
+    def finish_late(self, data: st.DataObject, outcome: str) -> None:
+        """An attempt that lost its job records its outcome all the same."""
+        attempt = data.draw(st.sampled_from(self.stale), label="attempt")
+        before = self.row
+        try:
+            verdict = self.stores.run(attempt.history.finish(OUTCOMES[outcome]))
+        except LockLostError:
+            verdict = Verdict.CONTESTED
+        assert verdict in (Verdict.CONTESTED, Verdict.CANCELLED)
+        assert self.row == before, "a stale attempt changes nothing"
+
+    @rule()
+    @precondition(lambda self: self.holder is not None)
+    def stall(self) -> None:
+        """The holder's lock expires, and BullMQ gives the job to whoever asks next."""
+        self.holder, self.waiting = None, True
+
+    # -- the API ---------------------------------------------------------------------------------
+
+    def merge(self, patch: Row) -> None:
+        self.stores.execute(
+            "UPDATE tasks SET data = data || %s WHERE id = %s", Jsonb(patch), self.row_id
+        )
+
+    @rule()
+    @precondition(lambda self: self.row["status"] in ("pending", "delayed", "active"))
+    def cancel(self) -> None:
+        self.merge({"status": "cancelled"})
+
+    @rule()
+    @precondition(lambda self: self.holder is None and not self.waiting)
+    def retry(self) -> None:
+        """The row is reset, and the job added again."""
+        self.merge({"status": "pending", "attempts": 0})
+        self.waiting = True
+
+    @rule(user_id=st.sampled_from(["ann", "bob"]))
+    def touch(self, user_id: str) -> None:
+        self.user_id = user_id
+        self.merge({"userId": user_id})
+
+    @invariant()
+    def the_api_s_keys_are_merged_with(self) -> None:
+        assert self.row["userId"] == self.user_id
+
+
+@pytest.mark.timeout(900)
+def test_no_interleaving_takes_a_row_back(database_url: str) -> None:
+    with asyncio.Runner() as runner:
+        stores = Stores(runner, database_url)
+        try:
+            run_state_machine_as_test(
+                lambda: Interleaving(stores),  # type: ignore[arg-type]  # any factory will do
+                settings=settings(
+                    max_examples=EXAMPLES,
+                    stateful_step_count=25,
+                    deadline=None,
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+        finally:
+            stores.close()
+
+
+def new_row() -> Row:
+    @dataclass
+    class Job:
+        data: object
+        opts: object
+        timestamp: object
+
+    return record.unknown_job_row(QUEUE, Job({}, {}, NOW_MS))
