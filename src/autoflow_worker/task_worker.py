@@ -225,8 +225,8 @@ class TaskWorker:
                 except RedisError as error:
                     if not isinstance(error, RedisConnectionError):
                         log.error("fetch_refused", queue=self._queue.name, reason=str(error))
-                    # The job may have been claimed, and only its reply lost.
-                    unsure = True
+                    # A job may have been claimed, or a marker taken, and only the reply lost.
+                    unsure, self._drained = True, False
                     await self._until_stopped(asyncio.sleep(pause))
                     await self._until_stopped(self._queue.connected())
                     pause = min(pause * 2, OUTAGE_PAUSE_MAX)
