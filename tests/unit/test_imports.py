@@ -22,7 +22,7 @@ ORDER = """
     job_history task_worker
     new_rows scheduler
     signals service
-    postgres_cluster embedded check reconcile dev demo
+    postgres_cluster embedded check reconcile dev demo_kinds demo_jobs demo_display demo
     __init__
     cli __main__
 """.split()  # noqa: SIM905 - one row for each layer
@@ -31,15 +31,15 @@ ORDER = """
 DRIVERS = {
     # recorder writes the rows; database makes and judges the table before there is a recorder;
     # connection_urls asks libpq whether it can read a URL; new_rows writes those of new tasks;
-    # reconcile reads rows that no worker is writing.
-    "psycopg": {"recorder", "database", "connection_urls", "new_rows", "reconcile"},
+    # reconcile reads rows that no worker is writing; demo_jobs reads and cancels as the API does.
+    "psycopg": {"recorder", "database", "connection_urls", "new_rows", "reconcile", "demo_jobs"},
     # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker;
-    # reconcile only reads jobs.
-    "bullmq": {"task", "job_queue", "scheduler", "reconcile"},
+    # reconcile and demo_jobs read states.
+    "bullmq": {"task", "job_queue", "scheduler", "reconcile", "demo_jobs"},
     "hiredis": {"redis_client"},
     "watchfiles": {"dev"},
-    "rich": {"demo"},
-    "click": {"cli", "check", "dev", "demo"},
+    "rich": {"demo_display"},
+    "click": {"cli", "check", "dev"},
     "uvloop": {"cli"},
     "pydantic_settings": {"settings"},
 }

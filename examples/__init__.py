@@ -1,0 +1,1 @@
+"""Tasks to copy from; `autoflow-worker demo` runs them."""
