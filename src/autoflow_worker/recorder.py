@@ -73,6 +73,14 @@ _REFUSED: Final = (
     psycopg.errors.InvalidAuthorizationSpecification,
     psycopg.errors.InvalidCatalogName,
 )
+# libpq's errors while connecting carry no SQLSTATE, only the server's words.
+_WORDS_OF_REFUSAL: Final = (
+    "authentication failed",
+    "does not exist",
+    "is not permitted to log in",
+    "no pg_hba.conf entry",
+    "permission denied for database",
+)
 
 
 class UnencodableError(ValueError):
@@ -635,5 +643,4 @@ def _smallest_row(new_row: Callable[[], Mapping[str, Any]]) -> Callable[[], Mapp
 
 
 def _is_refusal(reason: str) -> bool:
-    # libpq's errors while connecting carry no SQLSTATE, only the server's words.
-    return "authentication failed" in reason or "does not exist" in reason
+    return any(words in reason for words in _WORDS_OF_REFUSAL)
