@@ -1,0 +1,192 @@
+"""What a start refuses: one clear message, the right exit code, no traceback, no secret."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from redis.asyncio import Redis
+
+from tests.support.database import Connection, Database, other_database
+from tests.support.process import WorkerProcess, WorkerStarter
+from tests.support.servers import OwnServer
+
+TASKS = """
+    from autoflow_worker import define_task
+
+    async def handler(payload, ctx): ...
+
+    tasks = [define_task("mails", handler), define_task("reports", handler)]
+"""
+SECRET = "S3cr3t"
+
+
+async def refusal(worker: WorkerProcess, code: int) -> str:
+    """The only message of a start that was refused with this exit code."""
+    assert await worker.wait() == code, worker.report()
+    said = worker.stdout + worker.stderr
+    assert worker.stderr.startswith("autoflow-worker: "), worker.report()
+    assert said.count("autoflow-worker: ") == 1, worker.report()
+    assert "Traceback" not in said
+    assert SECRET not in said
+    assert not worker.logged("worker_started")
+    return worker.stderr.removeprefix("autoflow-worker: ").strip()
+
+
+# -- settings and task list ----------------------------------------------------------------------
+
+
+async def test_nothing_set(worker_process: WorkerStarter) -> None:
+    unset: dict[str, Any] = dict.fromkeys(worker_process.env)
+    message = await refusal(worker_process(None, **unset), 2)
+    assert "REDIS_URL is not set" in message
+    assert "DATABASE_URL is not set" in message
+
+
+async def test_all_wrong_settings_at_once(worker_process: WorkerStarter) -> None:
+    wrong = {
+        "REDIS_URL": f"http://user:{SECRET}@localhost",
+        "DATABASE_URL": f"postgresql://user:{SECRET}@localhost:port/db",
+        "TASKS_CONFIG": "tasks",
+        "WORKER_CONCURRENCY": "many",
+        "WORKER_SHUTDOWN_GRACE": "-1",
+        "WORKER_STARTUP_TIMEOUT": "soon",
+        "DATABASE_POOL_MAX": "0",
+        "RECORD_UNKNOWN_JOBS": "perhaps",
+        "LOG_LEVEL": "loud",
+        "LOG_FORMAT": "xml",
+    }
+    message = await refusal(worker_process(TASKS, **dict[str, Any](wrong)), 2)
+    assert [name for name in wrong if f"- {name}=" not in message] == []
+    assert message.count("\n") == len(wrong)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "arguments", "words"),
+    [
+        (None, [], ["no module 'tasks_config'", "--tasks"]),
+        (TASKS, ["--tasks", "nowhere.tasks:all"], ["no module 'nowhere'"]),
+        ("import nowhere", [], ["ModuleNotFoundError", "'nowhere'", "tasks_config.py, line 1"]),
+        ("1 / 0", [], ["ZeroDivisionError", "tasks_config.py, line 1"]),
+        ("tasks = [", [], ["SyntaxError", "tasks_config.py, line 1"]),
+        (TASKS, ["--tasks", "tasks_config:other"], ["no attribute 'other'"]),
+        ("tasks = []", [], ["is empty"]),
+        ("tasks = ['mails']", [], ["item 0 is a str"]),
+        (TASKS.replace("reports", "mails"), [], ["two tasks have the queue 'mails'"]),
+        (TASKS.replace('"mails", handler', '"mails", "handler"'), [], ["'mails'", "handler must"]),
+        (TASKS.replace("payload, ctx", "payload"), [], ["'mails'", "two arguments"]),
+        (TASKS, ["--queues", "mails,nails"], ["'nails'", "'mails', 'reports'"]),
+    ],
+)
+async def test_a_wrong_task_list(
+    worker_process: WorkerStarter, tasks: str | None, arguments: list[str], words: list[str]
+) -> None:
+    message = await refusal(worker_process(tasks, *arguments), 2)
+    assert [word for word in words if word not in message] == [], message
+    assert "\n" not in message
+
+
+# -- Redis ---------------------------------------------------------------------------------------
+
+
+async def test_redis_can_not_be_reached(worker_process: WorkerStarter) -> None:
+    url = f"redis://:{SECRET}@127.0.0.1:1/0"
+    worker = worker_process(TASKS, REDIS_URL=url, WORKER_STARTUP_TIMEOUT="0.3")
+    assert "Redis can't be reached within 0.3 s" in await refusal(worker, 3)
+
+
+async def test_redis_asks_for_another_password(
+    worker_process: WorkerStarter, own_redis: OwnServer
+) -> None:
+    async with Redis.from_url(own_redis.url) as client:
+        await client.config_set("requirepass", "another")
+    url = own_redis.url.replace("redis://", f"redis://:{SECRET}@")
+    worker = worker_process(TASKS, REDIS_URL=url)
+    assert "password" in await refusal(worker, 3)
+
+
+async def test_redis_is_no_redis(worker_process: WorkerStarter, database_url: str) -> None:
+    url = f"redis://:{SECRET}@127.0.0.1:{urlsplit(database_url).port}"
+    worker = worker_process(TASKS, REDIS_URL=url, WORKER_STARTUP_TIMEOUT="0.3")
+    assert "Redis can't be reached" in await refusal(worker, 3)
+
+
+async def test_redis_is_a_replica(worker_process: WorkerStarter, own_redis: OwnServer) -> None:
+    async with Redis.from_url(own_redis.url) as client:
+        await client.replicaof("127.0.0.1", "1")
+    message = await refusal(worker_process(TASKS, REDIS_URL=own_redis.url), 3)
+    assert "read-only replica" in message
+
+
+# -- PostgreSQL ----------------------------------------------------------------------------------
+
+
+async def test_postgresql_can_not_be_reached(worker_process: WorkerStarter) -> None:
+    url = f"postgresql://user:{SECRET}@127.0.0.1:1/autoflow"
+    worker = worker_process(TASKS, DATABASE_URL=url, WORKER_STARTUP_TIMEOUT="0.3")
+    assert "PostgreSQL can't be reached within 0.3 s" in await refusal(worker, 3)
+
+
+async def test_the_table_is_missing(worker_process: WorkerStarter, db: Database) -> None:
+    await db.execute("DROP TABLE tasks")
+    message = await refusal(worker_process(TASKS), 3)
+    assert "there is no table 'tasks'" in message
+    assert "init-db" in message
+
+
+async def test_the_table_is_of_another_shape(worker_process: WorkerStarter, db: Database) -> None:
+    await db.execute("ALTER TABLE tasks ALTER data TYPE json")
+    message = await refusal(worker_process(TASKS), 3)
+    assert "tasks.data is of type json and has to be jsonb" in message
+
+
+async def test_the_database_is_missing(worker_process: WorkerStarter, database_url: str) -> None:
+    url = other_database(database_url, "nothing").replace("postgres@", f"postgres:{SECRET}@")
+    message = await refusal(worker_process(TASKS, DATABASE_URL=url), 3)
+    assert '"nothing" does not exist' in message
+
+
+async def ask_for_passwords(server: OwnServer) -> str:
+    """Let PostgreSQL ask for a user's password; the user's URL, with a wrong one."""
+    rules = "host all app all scram-sha-256\nlocal all app scram-sha-256\n"
+    async with await Connection.connect(server.url, autocommit=True) as connection:
+        await connection.execute("CREATE ROLE app LOGIN PASSWORD 'right'")
+        [[file]] = await (await connection.execute("SHOW hba_file")).fetchall()
+        Path(file).write_text(rules + Path(file).read_text())  # noqa: ASYNC240 - a small file
+        await connection.execute("SELECT pg_reload_conf()")
+    user = urlsplit(server.url).username
+    return server.url.replace(f"{user}@", f"app:{SECRET}@")
+
+
+async def test_postgresql_asks_for_another_password(
+    worker_process: WorkerStarter, own_postgres: OwnServer
+) -> None:
+    url = await ask_for_passwords(own_postgres)
+    message = await refusal(worker_process(TASKS, DATABASE_URL=url), 3)
+    assert "password authentication failed" in message
+
+
+async def test_the_user_may_not_log_in(
+    worker_process: WorkerStarter, db: Database, prefix: str
+) -> None:
+    await db.execute(f'CREATE ROLE "{prefix}" NOLOGIN')
+    worker = worker_process(TASKS, DATABASE_URL=db.url.replace("postgres@", f"{prefix}@"))
+    message = await refusal(worker, 3)
+    await db.execute(f'DROP ROLE "{prefix}"')
+    assert "is not permitted to log in" in message
+
+
+# -- no refusal ----------------------------------------------------------------------------------
+
+
+async def test_servers_that_come_late_are_waited_for(
+    worker_process: WorkerStarter, own_redis: OwnServer, own_postgres: OwnServer
+) -> None:
+    await own_redis.stop()
+    await own_postgres.stop()
+    worker = worker_process(TASKS, REDIS_URL=own_redis.url, DATABASE_URL=own_postgres.url)
+    await own_postgres.start()
+    await own_redis.start()
+    await worker.until_logged("worker_started")
+    worker.terminate()
+    assert await worker.wait() == 0
