@@ -91,7 +91,7 @@ class TaskWorker:
         self._id = uuid4().hex
         self._tokens = 0
         self._running: dict[Claim, JobHistory] = {}
-        self._stopping = False
+        self._stop = asyncio.Event()
         self._closed = False
         self._wake = asyncio.Event()
         self._fetching = asyncio.Lock()
@@ -122,8 +122,12 @@ class TaskWorker:
 
     def stop(self) -> None:
         """Fetch nothing more; what runs goes on. May be called twice."""
-        self._stopping = True
+        self._stop.set()
         self._wake.set()
+
+    @property
+    def _stopping(self) -> bool:
+        return self._stop.is_set()
 
     async def drained(self) -> None:
         """Wait until every slot has ended; locks are renewed until then."""
@@ -263,14 +267,10 @@ class TaskWorker:
 
     async def _until_stopped(self, waiting: Awaitable[Any]) -> None:
         """Await this, but no longer than until `stop`."""
-        waited = asyncio.ensure_future(waiting)
-        stopped = asyncio.ensure_future(self._wake.wait())
+        waited: asyncio.Future[Any] = asyncio.ensure_future(waiting)
+        stopped: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
         try:
-            while not waited.done() and not self._stopping:
-                await asyncio.wait({waited, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                if stopped.done() and not self._stopping:
-                    self._wake.clear()
-                    stopped = asyncio.ensure_future(self._wake.wait())
+            await asyncio.wait([waited, stopped], return_when=asyncio.FIRST_COMPLETED)
         finally:
             waited.cancel()
             stopped.cancel()
