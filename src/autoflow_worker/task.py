@@ -133,7 +133,8 @@ def define_task(
     Args:
         queue_name: the queue, which is the task's name.
         handler: ``async def`` or ``def``, called with ``(payload, ctx)``; a ``def`` runs in a
-            thread. What it returns is the job's output, what it raises fails the attempt.
+            thread, and if it returns an awaitable, as a decorator's wrapper may, that is awaited.
+            What it returns is the job's output, what it raises fails the attempt.
         options: priority, attempts, backoff, time limit, concurrency.
         payload: the payload's type, if the handler's annotation does not say it: anything that
             pydantic's ``TypeAdapter`` takes, or such an adapter. Without either, the handler gets
