@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -98,12 +99,19 @@ def _parse_as_json(adapter: TypeAdapter[Any], data: object, error: ValidationErr
     types know no difference, and making the text again costs more than all the rest.
     """
     try:
-        return adapter.validate_json(orjson.dumps(data))
+        return adapter.validate_json(_as_json(data))
     except ValidationError as json_error:
         error = json_error
     except Exception:  # noqa: S110 - what JSON can't carry: the first error stands
         pass
     raise PayloadError("payload does not validate: " + _describe(error)) from error
+
+
+def _as_json(data: object) -> bytes:
+    try:
+        return orjson.dumps(data)
+    except TypeError:  # an integer beyond 64 bits, or deeper than orjson goes
+        return json.dumps(data, ensure_ascii=False).encode()
 
 
 def _describe(error: ValidationError) -> str:

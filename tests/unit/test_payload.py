@@ -112,6 +112,17 @@ def test_data_that_json_can_not_carry_keeps_the_first_fault() -> None:
     assert "a: " in fault(dict[str, int], {"a": "\ud800"})
 
 
+def test_integers_beyond_64_bits_are_json_too() -> None:
+    class Strict(BaseModel):
+        model_config = ConfigDict(strict=True)
+
+        when: dt.datetime
+        huge: int
+
+    data = {"when": "2026-01-02T03:04:05Z", "huge": 2**70}
+    assert payloads.parse(payloads.payload_adapter(Strict), data).huge == 2**70
+
+
 def test_what_needs_no_validation() -> None:
     for kind in (Any, object, dict, dict[str, Any], dict[str, object]):
         assert payloads.payload_adapter(kind) is None
