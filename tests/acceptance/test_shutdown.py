@@ -1,0 +1,150 @@
+"""Signals, sent to real processes: what runs is finished, or handed back; never dropped."""
+
+import signal
+
+import pytest
+
+from tests.support.api import Api
+from tests.support.process import WorkerProcess, WorkerStarter
+from tests.support.until import until
+
+QUEUE = "users-send-welcome-email"
+
+TASKS = f"""
+    import asyncio
+    import os
+    import time
+    from autoflow_worker import define_task
+
+    async def asleep(seconds):
+        await asyncio.sleep(seconds)
+
+    async def stubborn(seconds):
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            await asyncio.sleep(seconds)
+
+    async def handler(payload, ctx):
+        print("attempt", ctx.attempt, flush=True)
+        seconds = float(os.environ.get("SECONDS", payload["seconds"]))
+        await globals()[payload.get("how", "asleep")](seconds)
+        return ctx.attempt
+
+    def in_a_thread(payload, ctx):
+        time.sleep(payload["seconds"])
+
+    tasks = [define_task("{QUEUE}", handler), define_task("threads", in_a_thread)]
+"""
+# Longer than any test: what a test waits for must not come of itself.
+LONG = 600
+GRACE = {"WORKER_SHUTDOWN_GRACE": str(LONG)}
+
+
+async def running_job(
+    api: Api, worker: WorkerProcess, seconds: float, queue: str = QUEUE, how: str = "asleep"
+) -> str:
+    """A job that the worker is running."""
+    task_id = await api.schedule(queue, {"seconds": seconds, "how": how}, attempts=1)
+    await api.until_both_say(queue, task_id, "active")
+    return task_id
+
+
+async def is_handed_back(api: Api, queue: str, task_id: str) -> bool:
+    """Whether row and job are as if it had not been run: no attempt and no stall is used up."""
+    job = await api.node.get_job(queue, task_id)
+    assert job is not None
+    return (
+        await api.db.status(task_id),
+        await api.node.get_state(queue, task_id),
+        job["attemptsMade"],
+        job["stalledCounter"],
+    ) == ("pending", "delayed", 0, 0)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+async def test_an_idle_worker_stops_at_once(
+    worker_process: WorkerStarter, api: Api, sig: signal.Signals
+) -> None:
+    worker = worker_process(TASKS, **GRACE)
+    await worker.until_logged("worker_started")
+    worker.send(sig)
+    assert await worker.wait() == 0, worker.report()
+    assert worker.stderr == ""
+    # It leaves the queue to the next one.
+    task_id = await api.schedule(QUEUE, {"seconds": 0})
+    assert await api.node.get_workers(QUEUE) == []
+    worker_process()
+    await api.until_both_say(QUEUE, task_id, "completed")
+
+
+async def test_what_runs_is_finished_and_what_waits_is_left(
+    worker_process: WorkerStarter, api: Api
+) -> None:
+    worker = worker_process(TASKS, **GRACE)
+    running = await running_job(api, worker, 0.5)
+    waiting = await api.schedule(QUEUE, {"seconds": 0})
+    worker.terminate()
+    assert await worker.wait() == 0, worker.report()
+    assert (await api.until_both_say(QUEUE, running, "completed"))["attempts"] == 1
+    await api.until_both_say(QUEUE, waiting, "pending")
+
+
+@pytest.mark.parametrize(
+    ("queue", "how"),
+    [(QUEUE, "asleep"), (QUEUE, "stubborn"), ("threads", "asleep")],
+    ids=["async", "swallows its cancellation", "in a thread"],
+)
+async def test_at_the_deadline_the_job_is_handed_back(
+    worker_process: WorkerStarter, api: Api, queue: str, how: str
+) -> None:
+    worker = worker_process(TASKS, WORKER_SHUTDOWN_GRACE="0.2")
+    task_id = await running_job(api, worker, LONG, queue, how)
+    worker.terminate()
+    assert await worker.wait() == 4, worker.report()
+    assert await is_handed_back(api, queue, task_id)
+    assert worker.logged("job_handed_back")
+
+
+async def test_the_next_worker_runs_a_job_that_was_handed_back(
+    worker_process: WorkerStarter, api: Api
+) -> None:
+    first = worker_process(TASKS, WORKER_SHUTDOWN_GRACE="0")
+    task_id = await running_job(api, first, LONG)
+    second = worker_process(SECONDS="0")
+    await second.until_logged("worker_started")
+    first.terminate()
+    assert await first.wait() == 4, first.report()
+    row = await api.until_both_say(QUEUE, task_id, "completed")
+    assert (row["attempts"], row["result"]["output"]) == (1, 1)
+    assert "attempt 1" in second.stdout
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_hands_back_at_once(
+    worker_process: WorkerStarter, api: Api, second: signal.Signals
+) -> None:
+    worker = worker_process(TASKS, **GRACE)
+    task_id = await running_job(api, worker, LONG)
+    worker.terminate()
+    await worker.until_logged("worker_stopping")
+    assert worker.running
+    assert await api.db.status(task_id) == "active"
+    worker.send(second)
+    assert await worker.wait() == 4, worker.report()
+    assert await is_handed_back(api, QUEUE, task_id)
+
+
+async def test_many_jobs_are_handed_back(worker_process: WorkerStarter, api: Api) -> None:
+    worker = worker_process(TASKS, WORKER_SHUTDOWN_GRACE="0", WORKER_CONCURRENCY="20")
+    ids = [await api.schedule(QUEUE, {"seconds": LONG}) for _ in range(30)]
+
+    async def all_slots_are_taken() -> bool:
+        return (await api.db.statuses())["active"] == 20
+
+    await until(all_slots_are_taken)
+    worker.terminate()
+    assert await worker.wait() == 4, worker.report()
+    assert await api.db.statuses() == {"pending": len(ids)}
+    counts = await api.node.get_counts(QUEUE)
+    assert (counts["delayed"], counts["prioritized"], counts["active"]) == (20, 10, 0)
