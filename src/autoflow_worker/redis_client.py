@@ -78,6 +78,7 @@ class Channel:
 
     Attributes:
         client_id: the server's id of this connection, for CLIENT UNBLOCK.
+        restored_at: event loop time of the end of the last outage; 0 if there was none.
         died: done, with an exception, if reconnecting itself broke (a bug, not an outage).
     """
 
@@ -97,6 +98,7 @@ class Channel:
         self._closing = False
         self._misled = False
         self.client_id = 0
+        self.restored_at = 0.0
         self.died: asyncio.Future[None] = self._loop.create_future()
 
     async def open(self, timeout: float) -> None:
@@ -178,6 +180,8 @@ class Channel:
     def _flush(self) -> None:
         if self._link is None or not self._outbox:
             return
+        if self._link.transport.is_closing():
+            return  # `on_lost` is on its way, and uvloop raises at a write.
         self._link.transport.write(b"".join(self._outbox))
         self._outbox.clear()
         if self._watchdog is None:
@@ -245,7 +249,8 @@ class Channel:
             except (RedisError, OSError):
                 pause = min(max(pause * 2, RETRY_PAUSE), RETRY_PAUSE_MAX)
             else:
-                away = round(self._loop.time() - lost_at, 1)
+                self.restored_at = self._loop.time()
+                away = round(self.restored_at - lost_at, 1)
                 self._log("redis_connection_restored", after_s=away)
                 return
 
@@ -266,8 +271,11 @@ class Channel:
                 await _refuse_replica(connection)
             self.client_id = await _id_of(connection)
             self._link = _Link(connection, self)
-        except BaseException:
+        except BaseException as error:
             connection._close()  # type: ignore[no-untyped-call]
+            if isinstance(error, RuntimeError) and "the handler is closed" in str(error):
+                # uvloop's word for a socket that the server has closed before the next write.
+                raise RedisConnectionError("the connection was lost while connecting") from error
             raise
         self._connected.set()
 
@@ -357,6 +365,11 @@ class PipelinedRedis(Redis):
     @property
     def is_connected(self) -> bool:
         return self._shared.is_connected
+
+    @property
+    def restored_at(self) -> float:
+        """Event loop time of the end of the last outage; 0 if there was none."""
+        return self._shared.restored_at
 
     def deaths(self) -> list[asyncio.Future[None]]:
         """One future for each connection, done with an exception if reconnecting broke."""

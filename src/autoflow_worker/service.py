@@ -1,13 +1,19 @@
 """The whole worker: open everything, run, drain, close everything. Start reading here."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
 
 import structlog
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from autoflow_worker.database import inspect_tasks_table
-from autoflow_worker.errors import PartDiedError, WorkerError
+from autoflow_worker.errors import (
+    DatabaseUnavailableError,
+    PartDiedError,
+    RedisUnavailableError,
+    WorkerError,
+)
 from autoflow_worker.fitness import assess_redis
 from autoflow_worker.job_queue import JobQueue
 from autoflow_worker.recorder import StatusRecorder
@@ -26,6 +32,12 @@ CLOSE_TIMEOUT: Final = 1.3
 
 FLUSH_TIMEOUT: Final = 0.2
 """Seconds after that for what the recorder still has: nobody waits for it any more."""
+
+
+START_PAUSE: Final = 0.1
+"""Seconds before a server that went away during the start is asked again."""
+
+T = TypeVar("T")
 
 
 class WorkerService:
@@ -82,10 +94,11 @@ class WorkerService:
         database_url = settings.database_url.get_secret_value()
         self._recorder = StatusRecorder(database_url, max_connections=settings.database_pool_max)
         await self._recorder.open(timeout)
-        await inspect_tasks_table(database_url)
+        await _persist(lambda: inspect_tasks_table(database_url), timeout)
         self._redis = PipelinedRedis(settings.redis_url.get_secret_value())
         await self._redis.open(timeout)
-        for warning in assess_redis(await self._redis.info()).warnings:
+        info = await _persist(self._redis.info, timeout)
+        for warning in assess_redis(info).warnings:
             log.warning("redis_unfit", reason=warning)
         for task in self._tasks:
             queue = JobQueue(
@@ -165,6 +178,26 @@ class WorkerService:
         if self._redis is not None:
             await self._redis.aclose()
         log.info("worker_stopped")
+
+
+async def _persist(ask: Callable[[], Awaitable[T]], timeout: float) -> T:
+    """Ask a server that was there a moment ago; if it went away, it may come back in time.
+
+    Raises:
+        WorkerError: it did not, within `timeout` seconds.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    while True:
+        try:
+            return await ask()
+        except RedisConnectionError as error:
+            if loop.time() > deadline:
+                raise RedisUnavailableError(f"Redis went away: {error}") from error
+        except DatabaseUnavailableError:
+            if loop.time() > deadline:
+                raise
+        await asyncio.sleep(START_PAUSE)
 
 
 def _name_of(part: asyncio.Future[Any]) -> str:
