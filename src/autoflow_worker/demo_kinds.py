@@ -63,7 +63,7 @@ CANCELLED: Final = Kind(
     name="cancelled before it is due",
     queue="reports-build",
     count=5,
-    delay_ms=1500,
+    delay_ms=2000,
     payload=lambda n: {"customer": f"gone{n}", "month": "2026-01-01"},
     ends="cancelled",
     attempts=0,
@@ -167,7 +167,8 @@ def faults(
         reasons = ["it has no row"] if row is None else _faults_of_row(each.kind, row)
         if state != each.kind.state:
             reasons.append(f"BullMQ says {state}")
-        found[each.kind] += [f"{each.kind.queue} {each.job_id}: {reason}" for reason in reasons]
+        if reasons:
+            found[each.kind].append(f"{each.kind.queue} {each.job_id}: {'; '.join(reasons)}")
     for kind in KINDS:
         count = sum(each.kind is kind for each in added)
         if count != kind.count:
