@@ -33,7 +33,7 @@ class JobHistory:
         "_recorded",
         "_recorder",
         "_row_id",
-        "_started_at",
+        "_start",
     )
 
     def __init__(
@@ -49,7 +49,7 @@ class JobHistory:
         self._queue = queue
         self._new_row = new_row
         self._make_sure_of_lock = make_sure_of_lock
-        self._started_at: str | None = None
+        self._start: Mapping[str, Any] | None = None
         self._late: Write | None = None
         self._recorded = True
 
@@ -59,8 +59,8 @@ class JobHistory:
         Raises:
             LockLostError: the job is not ours any more; nothing was written.
         """
-        self._started_at = patch["startedAt"]
-        verdict = await self._write_start(patch, since=self._started_at)
+        self._start = patch
+        verdict = await self._write_start(patch, since=patch["startedAt"])
         if verdict is Verdict.CONTESTED:
             await self._make_sure_of_lock()
             verdict = await self._write_start(patch, since=None)
@@ -83,7 +83,8 @@ class JobHistory:
         verdict = await self.follow(patch)
         if verdict is Verdict.CONTESTED:
             await self._make_sure_of_lock()
-            verdict = await self._write_outcome(patch, fence=None)
+            # The row knows nothing of this attempt: its start was lost in a crash of PostgreSQL, say.
+            verdict = await self._write_outcome({**(self._start or {}), **patch}, fence=None)
         failpoint("after-commit")
         return verdict
 
@@ -94,11 +95,11 @@ class JobHistory:
             self._recorded = await late.settled is not Verdict.MISSING
         if not self._recorded:
             return Verdict.MISSING
-        return await self._write_outcome(patch, fence=self._started_at)
+        return await self._write_outcome(patch, fence=self._start and self._start["startedAt"])
 
     async def _write_outcome(self, patch: Mapping[str, Any], fence: str | None) -> Verdict:
         # A row that is gone after the start was deleted by the API, and stays deleted.
-        new_row = self._new_row if self._started_at is None else None
+        new_row = self._new_row if self._start is None else None
         text = record.encode(dict(patch))
         write = Write(self._row_id, self._queue, patch, text, fence=fence, new_row=new_row)
         return await self._recorder.submit(write).settled
