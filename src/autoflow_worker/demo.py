@@ -104,7 +104,8 @@ async def _run(settings: Settings, tasks: Sequence[TaskDefinition[Any]], display
             if interrupted:
                 display.say("Stopped.")
                 return INTERRUPTED
-            adding.result()
+            if not adding.cancelled():  # at the time limit
+                adding.result()
             return await _judge(jobs, display)
 
 

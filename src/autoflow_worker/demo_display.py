@@ -58,7 +58,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def show(self, tally: Tally) -> None:
         """Show how far the jobs are."""

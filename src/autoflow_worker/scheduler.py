@@ -125,12 +125,13 @@ class TaskScheduler:
             PayloadError: the payload does not validate; nothing was written.
             RedisUnavailableError, RedisUnfitError: the job could not be added.
             DatabaseUnavailableError, DatabaseUnfitError: the row could not be inserted.
+            WorkerError: the delay makes no sense, or this is not open.
         """
         if self._redis is None:
             raise WorkerError("the scheduler is not open")
         delay_ms = delay_ms or 0
         if not 0 <= delay_ms <= MAX_DELAY_MS:
-            raise ValueError(f"delay_ms must be from 0 to {MAX_DELAY_MS}, not {delay_ms}")
+            raise WorkerError(f"delay_ms must be from 0 to {MAX_DELAY_MS}, not {delay_ms}")
         data = _payload_object(task, payload)
         job = self._job(task, {**data, "correlationId": correlation_id or str(uuid4())}, delay_ms)
         begun = asyncio.create_task(self._schedule(job, _row(task, job, user_id)))

@@ -266,7 +266,7 @@ async def test_a_payload_that_does_not_validate_leaves_nothing(
 
 @pytest.mark.parametrize("delay_ms", [-1, 10**16])
 async def test_a_delay_that_makes_no_sense(scheduler: TaskScheduler, delay_ms: int) -> None:
-    with pytest.raises(ValueError, match="delay_ms"):
+    with pytest.raises(WorkerError, match="delay_ms"):
         await scheduler.schedule(plain, {}, delay_ms=delay_ms)
 
 
