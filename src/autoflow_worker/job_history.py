@@ -83,7 +83,7 @@ class JobHistory:
         verdict = await self.follow(patch)
         if verdict is Verdict.CONTESTED:
             await self._make_sure_of_lock()
-            # The row knows nothing of this attempt: its start was lost in a crash of PostgreSQL, say.
+            # The row may know nothing of this attempt: a crash of PostgreSQL can lose a start.
             verdict = await self._write_outcome({**(self._start or {}), **patch}, fence=None)
         failpoint("after-commit")
         return verdict
@@ -95,7 +95,8 @@ class JobHistory:
             self._recorded = await late.settled is not Verdict.MISSING
         if not self._recorded:
             return Verdict.MISSING
-        return await self._write_outcome(patch, fence=self._start and self._start["startedAt"])
+        fence = None if self._start is None else self._start["startedAt"]
+        return await self._write_outcome(patch, fence)
 
     async def _write_outcome(self, patch: Mapping[str, Any], fence: str | None) -> Verdict:
         # A row that is gone after the start was deleted by the API, and stays deleted.
