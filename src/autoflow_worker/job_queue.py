@@ -298,6 +298,8 @@ class JobQueue:
 
         A lock that is lost keeps its `locked_until`, so that its loss is noticed then.
         """
+        if not claims:
+            return
         until = self._now() + self.lock_ms / 1000
         ids, tokens = [claim.id for claim in claims], [claim.token for claim in claims]
         failed = set(await self._worker.scripts.extendJobLocks(ids, tokens, self.lock_ms))
@@ -331,6 +333,11 @@ class JobQueue:
     async def connected(self) -> None:
         """Wait until Redis is there, however long it takes."""
         await self._redis.connected()
+
+    @property
+    def restored_at(self) -> float:
+        """Event loop time of the end of the last outage of Redis; -inf if there was none."""
+        return self._redis.restored_at
 
     async def check_stalled(self) -> list[str]:
         """Put back what a dead worker left in `active`; the ids of these jobs."""

@@ -7,6 +7,7 @@ numbers, client names) stays redis-py's own: a `Channel` takes the connected soc
 """
 
 import asyncio
+import math
 import re
 from collections import deque
 from collections.abc import Callable
@@ -54,7 +55,8 @@ BLOCKING_COMMANDS: Final = frozenset(
 
 # Redis 6 wraps what a script ran into; later servers answer with the code alone.
 _ERROR_CODE: Final = re.compile(r"(?:ERR Error running script .*?: -?)?([A-Z]+) ", re.DOTALL)
-_WRONG_SERVER: Final = frozenset({"READONLY", "LOADING", "MASTERDOWN", "NOAUTH"})
+# UNBLOCKED is what a blocked connection gets when its server becomes a replica.
+_WRONG_SERVER: Final = frozenset({"READONLY", "LOADING", "MASTERDOWN", "NOAUTH", "UNBLOCKED"})
 _UNABLE_SERVER: Final = frozenset(
     {"MISCONF", "OOM", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "UNKILLABLE"}
 )
@@ -78,7 +80,7 @@ class Channel:
 
     Attributes:
         client_id: the server's id of this connection, for CLIENT UNBLOCK.
-        restored_at: event loop time of the end of the last outage; 0 if there was none.
+        restored_at: event loop time of the end of the last outage; -inf if there was none.
         died: done, with an exception, if reconnecting itself broke (a bug, not an outage).
     """
 
@@ -98,7 +100,7 @@ class Channel:
         self._closing = False
         self._misled = False
         self.client_id = 0
-        self.restored_at = 0.0
+        self.restored_at = -math.inf
         self.died: asyncio.Future[None] = self._loop.create_future()
 
     async def open(self, timeout: float) -> None:
@@ -368,7 +370,7 @@ class PipelinedRedis(Redis):
 
     @property
     def restored_at(self) -> float:
-        """Event loop time of the end of the last outage; 0 if there was none."""
+        """Event loop time of the end of the last outage; -inf if there was none."""
         return self._shared.restored_at
 
     def deaths(self) -> list[asyncio.Future[None]]:

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from autoflow_worker import record
 from autoflow_worker.errors import NotStorableError, PayloadError, WorkerError
@@ -151,7 +151,7 @@ class TaskWorker:
             self._closed = True
             try:
                 async with asyncio.timeout_at(deadline):
-                    await self._hand_back_all()
+                    await self._insist(self._hand_back_all)
             except (TimeoutError, RedisError) as error:
                 # Nothing is lost: another worker finds these jobs stalled, and runs them.
                 reason = str(error) or "Redis did not answer in time"
@@ -468,7 +468,8 @@ class TaskWorker:
                 reply = await send(fetch_next=not self._stopping)
             except MalformedJobError as error:
                 await self._bury(claim, self._running[claim], error)
-                return Reply()
+                # It may have been the next job that the script broke on, after claiming it.
+                return Reply(await self._insist(lambda: self._claimed_unawares(owner)))
             except RedisConnectionError:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, OUTAGE_PAUSE_MAX)
@@ -483,12 +484,17 @@ class TaskWorker:
     async def _bury(self, claim: Claim, history: JobHistory, error: Exception) -> None:
         """Fail a job for good on which BullMQ's scripts, or this code, broke."""
         now_ms = _now_ms()
-        if await self._insist(lambda: self._queue.is_finished(claim)):
-            return
-        failure = record.error_record(error, now_ms=now_ms)
-        patch = record.failed_patch(now_ms=now_ms, attempt=claim.attempt, error=failure)
-        await history.finish(patch)
-        await self._insist(lambda: self._queue.bury(claim, failure["reason"]))
+        try:
+            if await self._insist(lambda: self._queue.is_finished(claim)):
+                return
+            failure = record.error_record(error, now_ms=now_ms)
+            patch = record.failed_patch(now_ms=now_ms, attempt=claim.attempt, error=failure)
+            await history.finish(patch)
+            await self._insist(lambda: self._queue.bury(claim, failure["reason"]))
+        except RedisError as refusal:
+            # Then it is not this job that is broken, but its queue.
+            queue, reason = self._queue.name, str(refusal)
+            log.error("job_not_buried", queue=queue, task_id=claim.id, reason=reason)
 
     async def _advance_scheduler(self, claim: Claim) -> None:
         try:
@@ -516,23 +522,52 @@ class TaskWorker:
         if await self._insist(lambda: self._queue.holds(claim)) is Hold.LOST:
             raise LockLostError("its lock expired, and another worker took the job over")
 
+    @property
+    def _renew_every(self) -> float:
+        option: float = self.task.worker_options.get("lockRenewTime", self._queue.lock_ms / 2)
+        return option / 1000
+
     async def _keep_locks(self) -> None:
-        lock = self._queue.lock_ms / 1000
-        renew = self.task.worker_options.get("lockRenewTime", self._queue.lock_ms / 2) / 1000
+        lock, renew = self._queue.lock_ms / 1000, self._renew_every
         while True:
             await asyncio.sleep(renew / 2)
             soon = asyncio.get_running_loop().time() + lock - renew / 2
             due = [claim for claim in self._running if claim.locked_until < soon]
-            if due:
-                await self._insist(partial(self._queue.extend, due))
+            await self._insist(partial(self._queue.extend, due))
 
     async def _watch_stalled(self) -> None:
         interval = self.task.worker_options.get("stalledInterval", STALLED_INTERVAL_MS) / 1000
+        loop = asyncio.get_running_loop()
         while True:
-            stalled = await self._insist(self._queue.check_stalled)
+            # Locks expire during an outage. Whose job still runs gets the time to renew its lock.
+            calm_at = self._queue.restored_at + self._renew_every + 2 * OUTAGE_PAUSE_MAX
+            if (left := calm_at - loop.time()) > 0:
+                await asyncio.sleep(left)
+                continue
+            try:
+                # Our own are renewed last of all: a server that hung takes commands in their order.
+                await self._queue.extend(list(self._running))
+                stalled = await self._queue.check_stalled()
+            except RedisConnectionError:
+                await asyncio.sleep(OUTAGE_PAUSE_MAX)
+                await self._queue.connected()
+                continue
             for job_id in stalled:
                 log.warning("job_stalled", queue=self._queue.name, task_id=job_id)
             await asyncio.sleep(interval)
+
+    async def _check_stalled(self) -> list[str]:
+        now = asyncio.get_running_loop().time()
+        expired = [claim for claim in self._running if claim.locked_until < now]
+        if expired:
+            # Redis or this process was away: our own jobs have not stalled, they only look so.
+            await self._queue.extend(expired)
+        try:
+            return await self._queue.check_stalled()
+        except ResponseError as error:
+            # A job that is no hash breaks BullMQ's script; by then it has taken the job out.
+            log.error("stalled_check_refused", queue=self._queue.name, reason=str(error))
+            return []
 
     async def _insist(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Ask Redis, over every outage, for something that may be asked twice."""
