@@ -33,7 +33,7 @@ class ConfiguredRedis(EmbeddedRedis):
         self.until_loaded = False
         self.options["key-load-delay"] = "100"  # microseconds for each command in the log
         async with Redis.from_url(self.url) as client:
-            fill = "for _ = 1, 15000 do redis.call('INCR', KEYS[1]) end"
+            fill = "for _ = 1, 10000 do redis.call('INCR', KEYS[1]) end"
             await cast(Awaitable[None], client.eval(fill, 1, "something-to-load"))
 
     def _command(self) -> Sequence[str | Path]:
