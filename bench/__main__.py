@@ -1,0 +1,100 @@
+"""`python -m bench`: measure this worker and others side by side."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+
+from bench import plot
+from bench.goals import goals
+from bench.report import as_markdown
+from bench.results import Results
+from bench.sections import (
+    backlog,
+    idle,
+    latency,
+    memory,
+    payloads,
+    queues,
+    startup,
+    status_delay,
+    table_size,
+    throughput,
+)
+from bench.servers import Servers, own_servers
+from bench.sizes import FULL, QUICK, Sizes
+
+Section = Callable[[Servers, Results, Sizes], None]
+
+SECTIONS: dict[str, Section] = {
+    "throughput": throughput.measure,
+    "latency": latency.measure,
+    "status-delay": status_delay.measure,
+    "startup": startup.measure,
+    "idle": idle.measure,
+    "queues": queues.measure,
+    "payloads": payloads.measure,
+    "backlog": backlog.measure,
+    "table-size": table_size.measure,
+    "memory": memory.measure,
+}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--quick", is_flag=True, help="Few jobs and one round: does it work at all?")
+@click.option("--only", metavar="A,B", help=f"Only these sections: {', '.join(SECTIONS)}.")
+@click.option("--jobs", type=int, help=f"In each throughput measurement. [default: {FULL.jobs}]")
+@click.option("--rounds", type=int, help=f"[default: {FULL.rounds}]")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/bench"),
+    show_default=True,
+    help="Folder for results.json, results.md and throughput.svg.",
+)
+def main(quick: bool, only: str | None, jobs: int | None, rounds: int | None, out: Path) -> None:
+    """Measure this worker and others side by side, on servers of the program's own."""
+    given = {"jobs": jobs, "rounds": rounds}
+    changes = {name: value for name, value in given.items() if value is not None}
+    sizes = replace(QUICK if quick else FULL, **changes)
+    names = only.split(",") if only else list(SECTIONS)
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise click.UsageError(f"no such section: {', '.join(unknown)}")
+    results = Results()
+    started = time.time()
+    with own_servers() as servers:
+        for name in names:
+            began = time.perf_counter()
+            SECTIONS[name](servers, results, sizes)
+            print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+    text = as_markdown(results, goals(results))
+    print(f"\n{text}")
+    _save(out, results, text, {**asdict(sizes), "started": started, **_machine()})
+
+
+def _machine() -> dict[str, object]:
+    return {
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "load": os.getloadavg(),
+    }
+
+
+def _save(out: Path, results: Results, text: str, run: dict[str, object]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    everything = {"run": run, "tables": results.as_json()}
+    (out / "results.json").write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+    (out / "results.md").write_text(text)
+    if "throughput" in results.tables:
+        (out / "throughput.svg").write_text(plot.throughput(results.get("throughput")))
+    print(f"saved in {out}")
+
+
+if __name__ == "__main__":
+    main()

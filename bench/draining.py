@@ -1,0 +1,110 @@
+"""How fast somebody empties a queue, seen from outside: the same for every contestant."""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from bench.contestants import Contestant
+from bench.process import Measured
+from bench.servers import Servers
+
+LIMIT = 120.0
+"""Seconds in which something has to happen."""
+
+
+@dataclass(frozen=True)
+class Drain:
+    """How it went, once everything ran.
+
+    Attributes:
+        rate: jobs per second.
+        redis_us: microseconds of Redis's CPU for each job.
+        worker_us: of the worker's, all processes together.
+        postgres_us: of PostgreSQL's.
+    """
+
+    rate: float
+    redis_us: float
+    worker_us: float
+    postgres_us: float
+
+    @property
+    def redis_load(self) -> float:
+        """How much of its one core Redis was busy."""
+        return self.rate * self.redis_us / 1e6
+
+
+def drain(
+    servers: Servers,
+    contestant: Contestant,
+    concurrency: int,
+    jobs: int,
+    seconds: float,
+    *,
+    queues: Sequence[str] = ("q",),
+    processes: int = 1,
+    payload: dict[str, Any] | None = None,
+) -> Drain:
+    """Fill the queues, let them be emptied, and time it.
+
+    Args:
+        jobs: in each queue.
+        seconds: the measurement's length, at most; what is left then does not count.
+    """
+    servers.reset()
+    servers.add_jobs(queues, jobs, payload=payload or {})
+    if contestant.records:
+        servers.add_rows(queues, jobs, payload=payload)
+    return timed(servers, contestant, concurrency, seconds, queues=queues, processes=processes)
+
+
+def timed(
+    servers: Servers,
+    contestant: Contestant,
+    concurrency: int,
+    seconds: float,
+    *,
+    queues: Sequence[str] = ("q",),
+    processes: int = 1,
+) -> Drain:
+    """Start the contestant on what waits in the queues, and time it from its twentieth part on."""
+    total = servers.jobs_left(queues)
+    with ExitStack() as stack:
+        workers = [contestant.start(servers, queues, concurrency, stack) for _ in range(processes)]
+        warm = total - min(total // 20, 2_000)
+        first = until_left(servers, queues, workers, warm, LIMIT)
+        began, before = time.perf_counter(), _cpu(servers, workers)
+        last = until_left(servers, queues, workers, 0, seconds)
+        took, after = time.perf_counter() - began, _cpu(servers, workers)
+    done = first - last
+    if done <= 0:
+        raise RuntimeError(f"{contestant.name} did no job in {seconds} s")
+    return Drain(done / took, *((b - a) / done * 1e6 for a, b in zip(before, after, strict=True)))
+
+
+def until_left(
+    servers: Servers,
+    queues: Sequence[str],
+    workers: Sequence[Measured],
+    goal: int,
+    seconds: float,
+) -> int:
+    """Wait until no more than so many jobs are left, or the time is over; how many are left."""
+    # Asking costs Redis little, and must cost the machine little too.
+    pause = 0.02 * max(1, len(queues) / 20)
+    deadline = time.perf_counter() + seconds
+    while (left := servers.jobs_left(queues)) > goal and time.perf_counter() < deadline:
+        for worker in workers:
+            worker.check()
+        time.sleep(pause)
+    return left
+
+
+def _cpu(servers: Servers, workers: Sequence[Measured]) -> tuple[float, float, float]:
+    return (
+        servers.redis_cpu_seconds(),
+        sum(worker.cpu_seconds() for worker in workers),
+        servers.postgres_cpu_seconds(),
+    )

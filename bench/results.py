@@ -1,0 +1,65 @@
+"""What was measured: tables of medians and spreads."""
+
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+
+@dataclass
+class Table:
+    """Values of one quantity, one cell for each row and column, one value for each round.
+
+    Attributes:
+        title: what it is about.
+        unit: of the values.
+        baseline: the row that the others are compared with, if any.
+    """
+
+    title: str
+    unit: str
+    baseline: str | None = None
+    cells: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def add(self, row: str, column: object, value: float) -> None:
+        self.cells.setdefault(row, {}).setdefault(str(column), []).append(value)
+
+    def median(self, row: str, column: object) -> float | None:
+        values = self.cells.get(row, {}).get(str(column))
+        return median(values) if values else None
+
+    def best(self, row: str) -> float | None:
+        """The row's best median, where more is better."""
+        return max((median(values) for values in self.cells.get(row, {}).values()), default=None)
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(column for row in self.cells.values() for column in row))
+
+
+class Results:
+    """All tables by name, in the order in which they were begun."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, Table] = {}
+
+    def table(self, name: str, title: str, unit: str, baseline: str | None = None) -> Table:
+        """The table of this name; a new one, if need be."""
+        return self.tables.setdefault(name, Table(title, unit, baseline))
+
+    def get(self, name: str) -> Table:
+        """The table of this name; an empty one if its section was not measured."""
+        return self.tables.get(name) or Table("", "")
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            name: {
+                "title": table.title,
+                "unit": table.unit,
+                "values": table.cells,
+                "medians": {
+                    row: {column: median(values) for column, values in cells.items()}
+                    for row, cells in table.cells.items()
+                },
+            }
+            for name, table in self.tables.items()
+        }

@@ -1,0 +1,61 @@
+"""What 100 idle queues cost."""
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+
+from bench.contestants import OURS
+from bench.draining import LIMIT, until_left
+from bench.results import Results
+from bench.servers import Servers
+from bench.sizes import Sizes
+
+QUEUES = 100
+
+_TRAFFIC = """
+SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = 'autoflow'
+"""
+
+
+def measure(servers: Servers, results: Results, sizes: Sizes) -> None:
+    table = results.table("idle", f"{QUEUES} idle queues", "each its own")
+    queues = [f"q{i}" for i in range(QUEUES)]
+    servers.reset()
+    servers.add_jobs(queues, 1)
+    servers.add_rows(queues, 1)
+    others = len(servers.redis.client_list())
+    with ExitStack() as stack:
+        worker = OURS.start(servers, queues, 10, stack)
+        until_left(servers, queues, [worker], 0, LIMIT)
+        time.sleep(12)  # its first seconds, and what PostgreSQL reports late, are not meant
+        connections = len(servers.redis.client_list()) - others
+        traffic, cpu, began = _transactions(servers), worker.cpu_seconds(), time.perf_counter()
+        commands = _count_commands(servers, sizes.idle_seconds)
+        took = time.perf_counter() - began
+        table.add("CPU", "% of a core", (worker.cpu_seconds() - cpu) / took * 100)
+        table.add("Redis connections", "number", connections)
+        table.add("Redis commands", "per second", commands / took)
+        table.add("PostgreSQL", "transactions", _transactions(servers) - traffic)
+
+
+def _count_commands(servers: Servers, seconds: float) -> int:
+    """Commands of clients; what a script calls does not cross the network."""
+    count = 0
+    deadline = time.perf_counter() + seconds
+    with servers.redis.monitor() as monitor:  # type: ignore[no-untyped-call]
+        # A command comes at least every few seconds: there are 100 queues.
+        while time.perf_counter() < deadline:
+            seen: dict[str, Any] = monitor.next_command()
+            count += seen["client_type"] != "lua"
+    return count
+
+
+def _transactions(servers: Servers) -> int:
+    # From another database, so that asking is not counted.
+    url = servers.database_url.rpartition("/")[0] + "/postgres"
+    with psycopg.connect(url) as connection:
+        row = connection.execute(_TRAFFIC).fetchone()
+    assert row is not None
+    return int(row[0])
