@@ -10,6 +10,7 @@ import asyncio
 import base64
 import enum
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ if left + redis.call('ZCARD', KEYS[4]) > 0 then
   redis.call('ZADD', KEYS[1], 0, '0')
 end
 """
+
+# Numbers as JavaScript prints them, other than plain digits.
+_NUMBER: Final = re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?(e\+[0-9]{1,2})?")
 
 _LOST: Final = frozenset(
     {
@@ -259,13 +263,16 @@ class JobQueue:
     def _claim(self, fields: Mapping[str, str], job_id: str, token: str, asked_at: float) -> Claim:
         malformed = None
         try:
-            job = Job.fromJSON(self._worker, fields, job_id)
+            job = Job.fromJSON(self._worker, _with_whole_numbers(fields), job_id)
             _check_fields(fields, job)
         except Exception as error:
             # Whatever the fields hold, the job is claimed: it has to end, and in words.
             malformed = f"the job can't be read: {type(error).__name__}: {error}"
             job = self._stand_in(fields, job_id)
         job.token = token
+        except MalformedJobError as error:
+            malformed = f"the job can't be read: {error}"
+            job = self._stand_in(fields, job_id)
         return Claim(job, token, asked_at + self.lock_ms / 1000, malformed)
 
     def _stand_in(self, fields: Mapping[str, str], job_id: str) -> Job:
@@ -298,13 +305,16 @@ class JobQueue:
 
         A lock that is lost keeps its `locked_until`, so that its loss is noticed then.
         """
-        if not claims:
-            return
         until = self._now() + self.lock_ms / 1000
-        ids, tokens = [claim.id for claim in claims], [claim.token for claim in claims]
-        failed = set(await self._worker.scripts.extendJobLocks(ids, tokens, self.lock_ms))
+        # BullMQ packs ids as UTF-8, and would refuse all of them for one that is not.
+        ids = {claim.id: claim.token for claim in claims if _is_utf8(claim.id)}
+        failed: set[str] = set()
+        if ids:
+            failed.update(
+                await self._worker.scripts.extendJobLocks([*ids], [*ids.values()], self.lock_ms)
+            )
         for claim in claims:
-            if claim.id not in failed:
+            if claim.id in ids and claim.id not in failed:
                 claim.locked_until = until
             else:
                 await self.holds(claim)
@@ -479,8 +489,12 @@ def _check_fields(fields: Mapping[str, str], job: Job) -> None:
     job.attempts = max(int(job.opts.get("attempts", 1)), 1)
     for option in ("removeOnComplete", "removeOnFail"):
         if not _says_what_to_keep(job.opts.get(option)):
+        if value is None:  # as JavaScript producers say that they say nothing
+            del job.opts[option]
+            continue
             raise MalformedJobError(f"its option {option} says nothing that can be followed")
-    job.id.encode()  # BullMQ packs ids as UTF-8; the error says what is wrong
+    if not _is_utf8(job.id):
+        raise MalformedJobError("its id is not UTF-8")
 
 
 def _says_what_to_keep(option: object) -> bool:
@@ -495,3 +509,17 @@ def _whole(text: str | None) -> int:
         return int(text or 0)
     except ValueError:
         return 0
+def _is_utf8(text: str) -> bool:
+    # Bytes outside UTF-8 come from Redis as lone surrogates.
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _with_whole_numbers(fields: Mapping[str, str]) -> Mapping[str, str]:
+    """The fields without the fractions that JavaScript lets pass in times and priorities."""
+    for name in ("timestamp", "delay", "priority"):
+        text = fields.get(name, "0")
+        if not text.isdigit() and _NUMBER.fullmatch(text):
+            fields = {**fields, name: str(int(float(text)))}
+    return fields
+
+

@@ -51,7 +51,7 @@ async def backoff_ms(
         raise NoBackoffError(f"the backoff option is a {type(backoff).__name__}")
     kind = backoff.get("type")
     if kind in ("fixed", "exponential"):
-        delay = _number(backoff.get("delay", 0), "delay")
+        delay = _number(backoff.get("delay") or 0, "delay")
         jitter = _number(backoff.get("jitter") or 0, "jitter")
         if kind == "exponential":
             delay = math.floor(_scaled(delay, attempts_made - 1) + 0.5)

@@ -555,19 +555,10 @@ class TaskWorker:
             for job_id in stalled:
                 log.warning("job_stalled", queue=self._queue.name, task_id=job_id)
             await asyncio.sleep(interval)
-
-    async def _check_stalled(self) -> list[str]:
-        now = asyncio.get_running_loop().time()
-        expired = [claim for claim in self._running if claim.locked_until < now]
-        if expired:
-            # Redis or this process was away: our own jobs have not stalled, they only look so.
-            await self._queue.extend(expired)
-        try:
-            return await self._queue.check_stalled()
-        except ResponseError as error:
-            # A job that is no hash breaks BullMQ's script; by then it has taken the job out.
-            log.error("stalled_check_refused", queue=self._queue.name, reason=str(error))
-            return []
+            except ResponseError as error:
+                # A job that is no hash breaks BullMQ's script; it has taken that job out by then.
+                log.error("stalled_check_refused", queue=self._queue.name, reason=str(error))
+                stalled = []
 
     async def _insist(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Ask Redis, over every outage, for something that may be asked twice."""
