@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 
 from autoflow_worker.embedded import embedded_postgres, embedded_redis
-from scripts.image_test.build import Builder, BuildError, require_tools
+from scripts.image_test.build import REPOSITORY, Builder, BuildError, require_tools
 from scripts.image_test.contents import check_configuration, check_contents
 from scripts.image_test.jobs import Runs, check_faults, check_jobs
 
 TASK_LIST = Path(__file__).parent / "tasks" / "tasks_config.py"
+EXAMPLES = REPOSITORY / "examples"
 
 
 def main() -> int:
@@ -38,11 +39,14 @@ def main() -> int:
 
 
 def _readable_copy(folder: Path) -> Path:
-    """Copy the task list to where the image's user can read it, whatever the clone's umask was."""
+    """Copy the task lists, for the image's user to read them whatever the clone's umask was."""
     os.umask(0o022)
     tasks = folder / "tasks"
     tasks.mkdir()
     shutil.copyfile(TASK_LIST, tasks / TASK_LIST.name)
+    for module in EXAMPLES.glob("*.py"):
+        (tasks / "examples").mkdir(exist_ok=True)
+        shutil.copyfile(module, tasks / "examples" / module.name)
     return tasks
 
 

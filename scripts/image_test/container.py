@@ -1,10 +1,10 @@
 """Runs an image as Docker would: its user, environment and command, as process 1 of a root."""
 
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,8 @@ class Container:
 
     def stop(self) -> None:
         """Send process 1 the image's stop signal, as `docker stop` does."""
-        [process] = psutil.Process(self._process.pid).children()
-        os.kill(process.pid, self._stop_signal)
+        [process] = self._inside()
+        process.send_signal(self._stop_signal)
 
     async def ended(self) -> int:
         """Wait for its end and return its exit code."""
@@ -96,6 +96,16 @@ class Container:
         return self._process.returncode
 
     def close(self) -> None:
-        """End what is left of it."""
+        """End what is left of it; with process 1 go all the others."""
+        # --kill-child alone does not do: changing the user takes its effect away.
+        for process in self._inside():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process.kill()
         self._process.wait()
+
+    def _inside(self) -> list[psutil.Process]:
+        """Process 1, as it is known outside; nothing once it has ended."""
+        if self._process.poll() is not None:
+            return []
+        return psutil.Process(self._process.pid).children()

@@ -59,6 +59,7 @@ async def check_faults(runs: Runs, image: Image) -> None:
     await _succeeds(runs, image, "init-db")
     await _refuses(runs.start(image, away, tasks=runs.tasks), 3, "Redis")
     await _succeeds(runs, image, "check")
+    await _succeeds(runs, image, "check", "--tasks", "examples.tasks_config:tasks")
 
 
 async def _refuses(container: Container, exit_code: int, *words: str) -> None:
