@@ -133,8 +133,13 @@ class Claim:
 
     @property
     def attempt(self) -> int:
-        """The number of this attempt, from 1."""
-        return int(self.job.attemptsMade) + 1
+        """The number of this attempt, from 1; a counter that is none counts from there."""
+        return min(max(int(self.job.attemptsMade), 0), 2**53 - 2) + 1
+
+    @property
+    def claimed_ms(self) -> int:
+        """When it was claimed, in epoch ms by the claimer's clock; BullMQ's `processedOn`."""
+        return int(self.job.processedOn)
 
     @property
     def max_attempts(self) -> int:
@@ -265,14 +270,14 @@ class JobQueue:
         try:
             job = Job.fromJSON(self._worker, _with_whole_numbers(fields), job_id)
             _check_fields(fields, job)
+        except MalformedJobError as error:
+            malformed = f"the job can't be read: {error}"
+            job = self._stand_in(fields, job_id)
         except Exception as error:
             # Whatever the fields hold, the job is claimed: it has to end, and in words.
             malformed = f"the job can't be read: {type(error).__name__}: {error}"
             job = self._stand_in(fields, job_id)
         job.token = token
-        except MalformedJobError as error:
-            malformed = f"the job can't be read: {error}"
-            job = self._stand_in(fields, job_id)
         return Claim(job, token, asked_at + self.lock_ms / 1000, malformed)
 
     def _stand_in(self, fields: Mapping[str, str], job_id: str) -> Job:
@@ -484,14 +489,14 @@ def _check_fields(fields: Mapping[str, str], job: Job) -> None:
         raise MalformedJobError("its parent is no object")
     for option in ("attempts", "stackTraceLimit"):
         value = job.opts.get(option, 0)
+        if value is None:  # as JavaScript producers say that they say nothing
+            del job.opts[option]
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 2**53:
             raise MalformedJobError(f"its option {option} is no number")
     job.attempts = max(int(job.opts.get("attempts", 1)), 1)
     for option in ("removeOnComplete", "removeOnFail"):
         if not _says_what_to_keep(job.opts.get(option)):
-        if value is None:  # as JavaScript producers say that they say nothing
-            del job.opts[option]
-            continue
             raise MalformedJobError(f"its option {option} says nothing that can be followed")
     if not _is_utf8(job.id):
         raise MalformedJobError("its id is not UTF-8")
@@ -504,11 +509,6 @@ def _says_what_to_keep(option: object) -> bool:
     return option is None or (isinstance(option, int) and abs(option) < 2**53)
 
 
-def _whole(text: str | None) -> int:
-    try:
-        return int(text or 0)
-    except ValueError:
-        return 0
 def _is_utf8(text: str) -> bool:
     # Bytes outside UTF-8 come from Redis as lone surrogates.
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
@@ -523,3 +523,8 @@ def _with_whole_numbers(fields: Mapping[str, str]) -> Mapping[str, str]:
     return fields
 
 
+def _whole(text: str | None) -> int:
+    try:
+        return int(text or 0)
+    except ValueError:
+        return 0

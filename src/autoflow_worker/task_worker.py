@@ -325,6 +325,8 @@ class TaskWorker:
 
     async def _process(self, claim: Claim, history: JobHistory, owner: str) -> Reply:
         job = claim.job
+        # The process may have stood still since it asked for the job.
+        await self._make_sure_of_lock(claim)
         if job.repeatJobKey and not claim.malformed:
             await self._advance_scheduler(claim)
         if never := claim.malformed or job.deferredFailure:
@@ -339,7 +341,8 @@ class TaskWorker:
         except PayloadError as error:
             return await self._fail(claim, history, owner, error)
         failpoint("before-active-row")
-        started = record.active_patch(now_ms=_now_ms(), attempt=claim.attempt)
+        # Not the time of the write: it tells claims apart, and a stale one must look stale.
+        started = record.active_patch(now_ms=claim.claimed_ms, attempt=claim.attempt)
         verdict = await history.start(started)
         failpoint("after-active-row")
         if verdict is Verdict.CANCELLED:
@@ -552,13 +555,13 @@ class TaskWorker:
                 await asyncio.sleep(OUTAGE_PAUSE_MAX)
                 await self._queue.connected()
                 continue
-            for job_id in stalled:
-                log.warning("job_stalled", queue=self._queue.name, task_id=job_id)
-            await asyncio.sleep(interval)
             except ResponseError as error:
                 # A job that is no hash breaks BullMQ's script; it has taken that job out by then.
                 log.error("stalled_check_refused", queue=self._queue.name, reason=str(error))
                 stalled = []
+            for job_id in stalled:
+                log.warning("job_stalled", queue=self._queue.name, task_id=job_id)
+            await asyncio.sleep(interval)
 
     async def _insist(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Ask Redis, over every outage, for something that may be asked twice."""
