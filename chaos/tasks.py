@@ -11,10 +11,21 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from autoflow_worker import TaskContext, TaskOptions, UnrecoverableError, define_task
+from autoflow_worker.worker_options import WorkerOptions
 from chaos.effects import FOLDER_VARIABLE, EffectLog
 
-LOCK_S = float(os.environ.get("CHAOS_LOCK_S", "4"))
-"""Seconds after which a killed worker's jobs are free; BullMQ's default is 30."""
+DEFAULTS_VARIABLE = "CHAOS_DEFAULTS"
+"""Set: the tasks have BullMQ's own worker options."""
+
+LOCK_S = 4.0
+"""Seconds after which a killed worker's locks expire; BullMQ's default is 30."""
+
+SHORT_LOCKS: WorkerOptions = {
+    "lockDuration": int(LOCK_S * 1000),
+    "stalledInterval": int(LOCK_S * 500),
+    # Each kill counts as a stall of all that ran; here the jobs have to outlive them all.
+    "maxStalledCount": 1000,
+}
 
 QUICK, SLOW, FLAKY, DOOMED, SYNC = (
     f"chaos-{kind}" for kind in ("quick", "slow", "flaky", "doomed", "sync")
@@ -77,12 +88,7 @@ tasks = [
         queue,
         work_in_thread if queue == SYNC else work,
         TaskOptions(concurrency=10),
-        worker_options={
-            "lockDuration": int(LOCK_S * 1000),
-            "stalledInterval": int(LOCK_S * 500),
-            # Each kill counts as a stall of all that ran; here the jobs have to outlive them all.
-            "maxStalledCount": 1000,
-        },
+        worker_options=None if DEFAULTS_VARIABLE in os.environ else SHORT_LOCKS,
     )
     for queue in QUEUES
 ]
