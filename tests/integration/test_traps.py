@@ -501,9 +501,10 @@ async def test_13_a_job_that_can_not_be_parsed_fails(
 
     other = await stage.ours.add("ours", {}, {"jobId": "the-next"})
     async with stage.run_ours(define_task("ours", stage.our_handler)):
-        failed = await db.until_status(job.id, "failed")
+        await db.until_status(job.id, "failed")
         await db.until_status(other.id, "completed")
         await until(partial(holds, stage.redis, stage.key("ours", "failed"), 1))
+    failed = await db.task(job.id)
     assert failed.error is not None
     told = await stage.redis.hget(stage.key("ours", job.id), "failedReason")
     assert failed.error.reason == told
