@@ -17,7 +17,7 @@ from autoflow_worker.errors import WorkerError
 from autoflow_worker.logs import configure_logging, flush_logs
 from autoflow_worker.service import WorkerService
 from autoflow_worker.settings import Settings
-from autoflow_worker.signals import stop_on_signals
+from autoflow_worker.signals import hold_signals, stop_on_signals
 from autoflow_worker.task import TaskDefinition
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def run_demo() -> int:
     Raises:
         WorkerError: what is in the extra is missing, or the worker died.
     """
+    # Before the first file: an interrupt in the middle of making a server would leave a part of it.
+    hold_signals()
     display = _display()
     tasks = example_tasks()
     log_lines = io.StringIO()
@@ -57,7 +59,9 @@ def run_demo() -> int:
         )
         code = asyncio.run(_run(settings, tasks, display))
     flush_logs()
-    if code == 1:
+    if code == INTERRUPTED:
+        display.say("Stopped.")
+    elif code:
         display.say(log_lines.getvalue())
     return code
 
@@ -86,8 +90,10 @@ def _display() -> "Display":
 
 
 async def _run(settings: Settings, tasks: Sequence[TaskDefinition[Any]], display: "Display") -> int:
-    await init_db(settings.database_url.get_secret_value())
     with stop_on_signals() as (stop, abort):
+        if stop.is_set():
+            return INTERRUPTED
+        await init_db(settings.database_url.get_secret_value())
         async with demo_jobs(settings, tasks) as jobs:
             await jobs.add_before_start()
             worker = asyncio.create_task(WorkerService(settings, tasks).run(stop, abort))
@@ -102,7 +108,6 @@ async def _run(settings: Settings, tasks: Sequence[TaskDefinition[Any]], display
                 await asyncio.wait({adding, worker})
             worker.result()
             if interrupted:
-                display.say("Stopped.")
                 return INTERRUPTED
             if not adding.cancelled():  # at the time limit
                 adding.result()

@@ -128,6 +128,7 @@ class Cluster:
             text=True,
             cwd=self.data.parent,
             check=False,
+            start_new_session=True,  # A Ctrl-C in the terminal is not for it, as in embedded.
             **self.identity(),
         )
         if done.returncode:
