@@ -12,7 +12,6 @@ import structlog
 from bullmq import Job, Queue
 from pydantic_core import to_jsonable_python
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
 from autoflow_worker import record
 from autoflow_worker.errors import (
@@ -29,8 +28,8 @@ from autoflow_worker.task import PRIORITIES, TaskDefinition
 
 log = structlog.get_logger(__name__)
 
-CLOSE_PATIENCE: Final = 10.0
-"""Seconds that closing waits for schedules that were begun."""
+CLOSE_PATIENCE: Final = 6 * PATIENCE
+"""Seconds that closing waits for schedules that were begun; no step of one takes that long."""
 
 KEPT_COMPLETED: Final = 100
 KEPT_FAILED: Final = 500
@@ -91,8 +90,8 @@ class TaskScheduler:
         """Finish what was begun, and disconnect. May be called twice."""
         if self._begun:
             await asyncio.wait(self._begun, timeout=CLOSE_PATIENCE)
-        for schedule in self._begun:
-            schedule.cancel()
+        for begun in self._begun:
+            begun.cancel()
         await self._rows.close()
         # Not the queues: bullmq would close this client once for each of them.
         redis, self._redis = self._redis, None
@@ -171,7 +170,7 @@ class TaskScheduler:
         await self._rows.insert(job.id, row)
         try:
             await self._add(job)
-        except RedisError as error:
+        except Exception as error:  # BullMQ's own errors are of no class of their own.
             reason = f"the job could not be added: {error}"
             await self._withdraw(job, reason)
             if isinstance(error, RedisConnectionError):
@@ -200,7 +199,7 @@ class TaskScheduler:
 
         Raises:
             redis.exceptions.ConnectionError: not added, or nobody knows.
-            redis.exceptions.RedisError: the server refuses it.
+            Exception: the server, or BullMQ, refuses it.
         """
         assert self._redis is not None
         deadline = asyncio.get_running_loop().time() + PATIENCE
