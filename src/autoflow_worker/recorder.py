@@ -78,7 +78,8 @@ _WORDS_OF_REFUSAL: Final = (
     "authentication failed",
     "does not exist",
     "is not permitted to log in",
-    "no pg_hba.conf entry",
+    "no password supplied",
+    "pg_hba.conf",  # has no entry, or one that rejects
     "permission denied for database",
 )
 
@@ -279,7 +280,12 @@ class StatusRecorder:
         pause = RETRY_PAUSE
         while True:
             try:
-                await self._lanes[0].connection()
+                async with asyncio.timeout_at(deadline):
+                    await self._lanes[0].connection()
+            except TimeoutError:
+                raise DatabaseUnavailableError(
+                    f"PostgreSQL can't be reached within {timeout:g} s: it gives no answer"
+                ) from None
             except psycopg.Error as error:
                 reason = mask_secrets(str(error).strip())
                 if isinstance(error, _REFUSED) or _is_refusal(reason):
@@ -396,7 +402,11 @@ class StatusRecorder:
         connection = await psycopg.AsyncConnection.connect(
             self._conninfo, autocommit=True, prepare_threshold=0
         )
-        await connection.execute(_SESSION, prepare=False)
+        try:
+            await connection.execute(_SESSION, prepare=False)
+        except BaseException:
+            await connection.close()
+            raise
         return connection
 
     def note_outage(self, error: Exception) -> None:
