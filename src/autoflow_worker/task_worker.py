@@ -262,8 +262,8 @@ class TaskWorker:
     @property
     def _block_seconds(self) -> float:
         # A fetch follows each blocking read, even one in vain: a marker can die with the worker
-        # that took it. Twice the delay makes that one command per `drainDelay`.
-        return 2 * float(self.task.worker_options.get("drainDelay", DRAIN_DELAY))
+        # that took it. So long, these two and the stalled check are one command per `drainDelay`.
+        return 2.5 * float(self.task.worker_options.get("drainDelay", DRAIN_DELAY))
 
     async def _until_stopped(self, waiting: Awaitable[Any]) -> None:
         """Await this, but no longer than until `stop`."""
