@@ -105,7 +105,7 @@ async def _jobs_of_each_kind(runs: Runs, image: Image, database: Database) -> No
 
 async def _stopped_at_work(runs: Runs, worker: Container, database: Database) -> list[str]:
     """Stop the worker while it runs jobs, and return the jobs that it left waiting."""
-    slow = await _schedule(runs, slow_task, JOBS // 10)
+    slow = await _schedule(runs, slow_task, JOBS // 5)
     await until(lambda: _with_status(database, slow, "active"))
     running = await _with_status(database, slow, "active")
     await _stops(worker)
