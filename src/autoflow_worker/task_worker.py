@@ -473,6 +473,10 @@ class TaskWorker:
                 await self._bury(claim, self._running[claim], error)
                 # It may have been the next job that the script broke on, after claiming it.
                 return Reply(await self._insist(lambda: self._claimed_unawares(owner)))
+            except LockLostError:
+                # The lock may have expired while this waited for Redis to come back.
+                if await self._insist(lambda: self._queue.holds(claim)) is not Hold.OURS:
+                    raise
             except RedisConnectionError:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, OUTAGE_PAUSE_MAX)
