@@ -120,6 +120,12 @@ def _faults(described: TupleRow, types: Mapping[str, str]) -> tuple[str, list[st
 async def connection_to(
     url: str, patience: float
 ) -> AsyncIterator[psycopg.AsyncConnection[TupleRow]]:
+    """Connect, and speak of what goes wrong as errors of this package.
+
+    Raises:
+        DatabaseUnavailableError: PostgreSQL can't be reached, or goes away.
+        DatabaseUnfitError: it refuses what it is asked for.
+    """
     try:
         connection = await psycopg.AsyncConnection.connect(
             url, connect_timeout=max(2, round(patience)), application_name="autoflow-worker"
