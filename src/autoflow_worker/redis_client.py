@@ -9,6 +9,7 @@ numbers, client names) stays redis-py's own: a `Channel` takes the connected soc
 import asyncio
 import math
 import re
+import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, cast
@@ -49,6 +50,10 @@ RETRY_PAUSE: Final = 0.05
 RETRY_PAUSE_MAX: Final = 1.0
 """Seconds between two attempts to connect, at most."""
 
+KEEPALIVE: Final = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
+"""Seconds, seconds and a count: the kernel notices an idle connection's dead peer by itself, and
+that its address has another server, without a command."""
+
 BLOCKING_COMMANDS: Final = frozenset(
     {"BLMOVE", "BLPOP", "BRPOP", "BRPOPLPUSH", "BZPOPMAX", "BZPOPMIN", "XREAD", "XREADGROUP"}
 )
@@ -60,6 +65,7 @@ _WRONG_SERVER: Final = frozenset({"READONLY", "LOADING", "MASTERDOWN", "NOAUTH",
 _UNABLE_SERVER: Final = frozenset(
     {"MISCONF", "OOM", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "UNKILLABLE"}
 )
+_REFUSALS: Final = (AuthenticationError, AuthorizationError, NoPermissionError)
 _INCOMPLETE: Final = object()
 
 
@@ -117,7 +123,7 @@ class Channel:
         while True:
             try:
                 await self._connect()
-            except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+            except _REFUSALS as error:
                 raise RedisUnavailableError(f"Redis refuses the connection: {error}") from error
             except (RedisError, OSError) as error:
                 if self._loop.time() + pause > deadline:
@@ -244,11 +250,15 @@ class Channel:
 
     async def _reconnect(self, pause: float) -> None:
         lost_at = self._loop.time()
+        refused = False
         while True:
             await asyncio.sleep(pause)
             try:
                 await self._connect()
-            except (RedisError, OSError):
+            except (RedisError, OSError) as error:
+                if isinstance(error, _REFUSALS) and not refused:
+                    refused = True
+                    self._log("redis_connection_refused", reason=str(error))
                 pause = min(max(pause * 2, RETRY_PAUSE), RETRY_PAUSE_MAX)
             else:
                 self.restored_at = self._loop.time()
@@ -338,10 +348,12 @@ class PipelinedRedis(Redis):
             socket_timeout=HANDSHAKE_TIMEOUT,
             socket_connect_timeout=HANDSHAKE_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
+            **_keepalive_of(url),
         )
         super().__init__(connection_pool=pool)
         self.auto_close_connection_pool = True
         self._scripts: dict[str, AsyncScript] = {}
+        self._refused: set[str] = set()
         self._channels: list[Channel] = []
         self._shared = self._add_channel(None, quiet=False)
 
@@ -390,7 +402,19 @@ class PipelinedRedis(Redis):
         return registered
 
     async def evalsha(self, sha: str, numkeys: int, *keys_and_args: Any) -> Any:
-        return await self._shared.execute(("EVALSHA", sha, numkeys, *keys_and_args))
+        try:
+            reply = await self._shared.execute(("EVALSHA", sha, numkeys, *keys_and_args))
+        except WrongServerError:
+            raise
+        except ServerNotReadyError as error:
+            if not self._refused:
+                log.warning("redis_refuses_scripts", reason=str(error))
+            self._refused.add(sha)
+            raise
+        if sha in self._refused:
+            self._refused.clear()
+            log.warning("redis_takes_scripts_again")
+        return reply
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         if args[0] in BLOCKING_COMMANDS:
@@ -399,6 +423,13 @@ class PipelinedRedis(Redis):
         options.pop("keys", None)
         callback: Callable[..., Any] | None = self.response_callbacks.get(args[0])
         return reply if callback is None else callback(reply, **options)
+
+
+def _keepalive_of(url: str) -> dict[str, Any]:
+    if url.startswith("unix:"):
+        return {}
+    known = {name: value for name, value in KEEPALIVE.items() if hasattr(socket, name)}
+    return {"socket_keepalive_options": {getattr(socket, n): v for n, v in known.items()}}
 
 
 async def _id_of(connection: AbstractConnection) -> int:

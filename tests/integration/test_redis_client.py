@@ -4,6 +4,7 @@ import asyncio
 import random
 import re
 import shutil
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -223,6 +224,17 @@ async def test_a_half_open_connection_is_replaced(redis_url: str) -> None:
         assert proxy.accepted == 2
 
 
+async def test_the_kernel_looks_after_idle_connections(connect: Connect, redis_url: str) -> None:
+    """A peer whose machine is gone answers no probe; what has its address now refuses them."""
+    client = await connect(redis_url)
+    link = client._shared._link
+    assert link is not None
+    plug = link.transport.get_extra_info("socket")
+    assert plug.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        assert plug.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 3
+
+
 async def test_a_blocking_command_is_not_taken_for_silence(redis_url: str, prefix: str) -> None:
     async with connected(redis_url) as client:
         channel = await client.open_blocking_channel("blocks", 5)
@@ -358,6 +370,72 @@ async def test_a_reply_that_nobody_asked_for_breaks_the_connection(redis_url: st
         link.data_received(b"+OK\r\n")
         assert not client.is_connected
         assert await client.echo("fine") == "fine"
+
+
+async def test_a_server_that_takes_no_writes_is_told_once(
+    own_redis: OwnServer, connect: Connect
+) -> None:
+    client = await connect(own_redis.url)
+    write = client.register_script("return redis.call('INCR', KEYS[1])")
+    read = client.register_script("return redis.call('GET', KEYS[1])")
+    assert await write(keys=["n"]) == 1
+    with capture_logs() as log:
+        async with Redis.from_url(own_redis.url) as admin:
+            await admin.config_set("maxmemory", 1)
+            for _ in range(3):
+                with pytest.raises(RedisConnectionError, match="OOM"):
+                    await write(keys=["n"])
+                assert await read(keys=["n"]) == "1"
+            await admin.config_set("maxmemory", 0)
+        assert await write(keys=["n"]) == 2
+        assert await write(keys=["n"]) == 3
+    events = [entry["event"] for entry in log]
+    assert events == ["redis_refuses_scripts", "redis_takes_scripts_again"]
+
+
+async def test_a_server_that_is_busy_with_a_script(own_redis: OwnServer, connect: Connect) -> None:
+    client = await connect(own_redis.url)
+    async with Redis.from_url(own_redis.url) as busy, Redis.from_url(own_redis.url) as admin:
+        await admin.config_set("busy-reply-threshold", 10)
+        endless = asyncio.ensure_future(busy.eval("while true do end", 0))
+
+        async def is_busy() -> bool:
+            try:
+                await client.get("key")
+            except RedisConnectionError as error:
+                return "BUSY" in str(error)
+            return False
+
+        await until(is_busy)
+        await admin.script_kill()
+        with pytest.raises(ResponseError):
+            await endless
+    assert await client.set("key", "value")
+    assert client.is_connected
+
+
+async def test_a_password_that_is_changed_is_told_once(
+    own_redis: OwnServer, connect: Connect
+) -> None:
+    address = own_redis.url.removeprefix("redis://")
+    async with Redis.from_url(own_redis.url) as admin:
+        await admin.acl_setuser(
+            "worker", enabled=True, passwords=["+one"], keys=["*"], categories=["+@all"]
+        )
+        client = await connect(f"redis://worker:one@{address}")
+        with capture_logs() as log:
+            await admin.acl_setuser("worker", enabled=True, passwords=["-one", "+two"])
+            await admin.client_kill_filter(_id=str(await client.client_id()))
+            await until(lambda: len(log) == 2)
+            await admin.acl_setuser("worker", enabled=True, passwords=["+one"])
+            assert await client.ping()
+    events = [entry["event"] for entry in log]
+    assert events == [
+        "redis_connection_lost",
+        "redis_connection_refused",
+        "redis_connection_restored",
+    ]
+    assert "one" not in str(log[1])
 
 
 # -- addresses -------------------------------------------------------------------------------------
