@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 NODE_INSTALLED := $(NODE_DIR)/node_modules/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev-worker start-worker init-db test lint format types docker-build docker-run image-test bench chaos clean
+.PHONY: help setup demo dev-worker start-worker init-db test lint format types docker-build docker-run image-test bench chaos crashes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench: $(INSTALLED) $(NODE_INSTALLED) ## measure jobs per second
 
 chaos: $(INSTALLED) $(NODE_INSTALLED) ## break servers and workers at random under load, and check every row
 	$(BIN)/python -m chaos
+
+crashes: $(INSTALLED) $(NODE_INSTALLED) ## kill a worker a hundred times at each failpoint, and compare the stores
+	$(BIN)/python -m chaos.failpoints
 
 clean: ## remove everything that make and the tools created
 	rm -rf $(VENV) $(NODE_DIR)/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
