@@ -267,8 +267,12 @@ class Channel:
                 return
 
     def _note_end(self, connector: asyncio.Task[None]) -> None:
-        if not connector.cancelled() and not self.died.done() and connector.exception():
-            self.died.set_exception(cast(BaseException, connector.exception()))
+        if self._closing or self.died.done():
+            return
+        if connector.cancelled():
+            self.died.cancel()
+        elif error := connector.exception():
+            self.died.set_exception(error)
 
     async def _connect(self) -> None:
         """Let redis-py connect and authenticate, then take the socket over from it."""
