@@ -1,15 +1,90 @@
-"""A dead part kills the whole, in good order: nothing may look alive and not work."""
+"""A dead part kills the whole, in good order: nothing may look alive and not work.
+
+The parts are ended from inside: nothing else ends them, and that is the point.
+"""
+
+import asyncio
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from autoflow_worker import TaskContext, define_task, record
 from autoflow_worker.errors import PartDiedError
+from tests.support.api import Api
 from tests.support.node import Node
+from tests.support.process import WorkerStarter
+from tests.support.proxy import Proxy
 from tests.support.running import RunWorker
+from tests.support.until import until
+
+QUEUE = "q"
+PARTS = [
+    "slot 0 of q",
+    "slot 1 of q",
+    "the lock renewal of q",
+    "the stalled check of q",
+    "status recorder 0",
+    "status recorder 1",
+]
 
 
 async def handler(payload: dict[str, object], ctx: TaskContext) -> None:
     return None
+
+
+async def hang(payload: dict[str, object], ctx: TaskContext) -> None:
+    await asyncio.Event().wait()
+
+
+def end(name: str) -> None:
+    """Cancel the part of this name; there has to be one."""
+    [part] = [task for task in asyncio.all_tasks() if task.get_name() == name]
+    part.cancel()
+
+
+@pytest.mark.parametrize("part", PARTS)
+async def test_a_part_that_ends_unasked_ends_all(
+    run_worker: RunWorker, api: Api, part: str
+) -> None:
+    before = asyncio.all_tasks()
+    with capture_logs() as logs:
+        task_id = await api.schedule(QUEUE)
+        tasks = [define_task(QUEUE, hang), define_task("other", handler)]
+        async with run_worker(tasks, worker_concurrency=2) as worker:
+            await api.until_both_say(QUEUE, task_id, "active")
+            end(part)
+            death = await worker.death()
+    assert isinstance(death, PartDiedError)
+    assert death.exit_code == 1
+    assert str(death) == f"{part} ended unasked: it was cancelled"
+    # In good order: what ran was handed back, and its row says so if there was who could write it.
+    assert [entry["event"] for entry in logs][-2:] == ["job_handed_back", "worker_stopped"]
+    assert await api.node.get_state(QUEUE, task_id) == "delayed"
+    assert await api.db.status(task_id) == ("active" if part == "status recorder 0" else "pending")
+    assert await api.node.get_workers(QUEUE) == []
+    assert asyncio.all_tasks() - before == set()
+    async with run_worker([define_task(QUEUE, handler)]):
+        await api.until_both_say(QUEUE, task_id, "completed")
+
+
+async def test_reconnecting_to_redis_that_ends_unasked_ends_all(
+    redis_url: str, run_worker: RunWorker
+) -> None:
+    def connectors() -> list[asyncio.Task[Any]]:
+        tasks = asyncio.all_tasks()
+        return [task for task in tasks if "Channel._reconnect" in str(task.get_coro())]
+
+    async with (
+        Proxy(redis_url) as proxy,
+        run_worker([define_task(QUEUE, handler)], redis_url=proxy.url) as worker,
+    ):
+        await proxy.refuse()
+        proxy.cut()
+        for connector in await until(connectors):
+            connector.cancel()
+        death = await worker.death()
+    assert str(death) == "the connection to Redis ended unasked: it was cancelled"
 
 
 async def test_a_recorder_that_dies_over_a_write(
@@ -24,3 +99,28 @@ async def test_a_recorder_that_dies_over_a_write(
         death = await worker.death()
     assert isinstance(death, PartDiedError)
     assert str(death) == "status recorder 0 ended unasked: RuntimeError: a bug"
+
+
+async def test_the_process_exits_with_1_and_the_reason(
+    worker_process: WorkerStarter, api: Api
+) -> None:
+    worker = worker_process(
+        f"""
+        import asyncio
+        from autoflow_worker import define_task
+
+        async def handler(payload, ctx):
+            for task in asyncio.all_tasks():
+                if task.get_name() == payload["part"]:
+                    task.cancel()
+            await asyncio.Event().wait()
+
+        tasks = [define_task("{QUEUE}", handler)]
+        """
+    )
+    await worker.until_logged("worker_started")
+    task_id = await api.schedule(QUEUE, {"part": "the lock renewal of q"})
+    assert await worker.wait() == 1
+    assert "the lock renewal of q ended unasked: it was cancelled" in worker.stderr
+    await api.db.until_status(task_id, "pending")
+    assert worker.logged("job_handed_back")
