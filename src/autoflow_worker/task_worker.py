@@ -348,6 +348,7 @@ class TaskWorker:
         if verdict is Verdict.CANCELLED:
             send = partial(self._queue.fail, claim, "the task is cancelled", None)
             return await self._acknowledge(claim, owner, send)
+        await self._make_sure_of_lock(claim)
         failpoint("handler-start")
         outcome = await execute(self.task, payload, self._context(claim, correlation_id))
         failpoint("handler-end")
