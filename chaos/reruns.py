@@ -23,10 +23,10 @@ class Causes:
         self._outages = outages
 
     def of_repeated(self, runs: Sequence[Run]) -> Iterator[tuple[Run, str | None]]:
-        """Each run whose attempt was run again, and why; None if it should not have been."""
+        """Each run whose attempt was run twice, and why; None if it should not have been."""
         for run, following in pairwise(sorted(runs, key=lambda run: (run.attempt, run.started_at))):
             if run.attempt == following.attempt:
-                yield run, self._cause(run)
+                yield run, self._cause(run) or self._cause_of_late(following)
 
     def _cause(self, run: Run) -> str | None:
         life = self._lives[run.pid]
@@ -38,6 +38,13 @@ class Causes:
             return "left behind at the deadline, with a server away"
         if any(_overlap(silence, self._held(run)) for silence in self._silences(life)):
             return "its lock expired in a silence"
+        return None
+
+    def _cause_of_late(self, run: Run) -> str | None:
+        """Why a run may have begun after another worker took its job over."""
+        for _, ended in self._silences(self._lives[run.pid]):
+            if 0 <= run.started_at - ended < ACKNOWLEDGE_S:
+                return "its worker stood still before it began"
         return None
 
     def _unfinished_at(self, moment: float, run: Run, life: Life) -> bool:

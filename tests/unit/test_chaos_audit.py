@@ -103,6 +103,8 @@ def test_a_row_that_differs(change: dict[str, Any], fault: str) -> None:
         (a_life(handed_back={"other"}), [], None),
         (a_life(stops=[(100.5, 100.6)]), [], None),
         (a_life(stops=[(100.5, 100.5 + LOCK_S)]), [], "its lock expired in a silence"),
+        (a_life(stops=[(119 - LOCK_S, 119.9)]), [], "its worker stood still before it began"),
+        (a_life(stops=[(119.8, 119.9)]), [], None),
         (a_life(), [Outage(POSTGRES, "suspended", 100, 100 + LOCK_S)], None),
         (
             a_life(),
