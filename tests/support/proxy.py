@@ -47,7 +47,8 @@ class Proxy:
 
     Attributes:
         url: of the proxy; the scheme is as the server's.
-        chunks: every piece that clients have sent: how many commands were complete with it.
+        commands: what clients have sent.
+        chunks: the same in pieces as they came: how many commands were complete with each.
         accepted: connections so far.
     """
 
@@ -59,6 +60,7 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._ambushes: list[Ambush] = []
         self._port = 0
+        self.commands: list[list[bytes]] = []
         self.chunks: list[int] = []
         self.accepted = 0
 
@@ -122,7 +124,8 @@ class Proxy:
         return ambush
 
     def walk(self, command: list[bytes]) -> Ambush | None:
-        """The ambush that this command has walked into."""
+        """Note a command; the ambush that it has walked into."""
+        self.commands.append(command)
         met = [a for a in self._ambushes if any(a.needle in argument for argument in command)]
         for ambush in met:
             ambush.count += 1
