@@ -68,11 +68,12 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
     Needs REDIS_URL, DATABASE_URL and a task list. Runs until SIGTERM or SIGINT, then lets running
     jobs finish for WORKER_SHUTDOWN_GRACE seconds; a second signal hands them back at once.
     """
-    from autoflow_worker.loader import load_tasks
-    from autoflow_worker.settings import Settings
     from autoflow_worker.signals import hold_signals
 
-    hold_signals()
+    hold_signals()  # before the imports that take long
+    from autoflow_worker.loader import load_tasks
+    from autoflow_worker.settings import Settings
+
     if until_stdin_closes:
         from autoflow_worker.dev import stop_when_stdin_closes
 
