@@ -196,7 +196,8 @@ def worker_env(effects: Path, grace: float) -> dict[str, str]:
     """The environment of a worker that runs `chaos.tasks`."""
     return {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        # The worker of this very tree, whatever else may be installed.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
         "TASKS_CONFIG": "chaos.tasks:tasks",
         "WORKER_SHUTDOWN_GRACE": str(grace),
         "LOG_FORMAT": "json",
