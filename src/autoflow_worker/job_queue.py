@@ -21,7 +21,9 @@ from bullmq.error_code import ErrorCode
 from bullmq.scripts import raw2NextJobData
 from redis.exceptions import ResponseError
 
+from autoflow_worker.completion import CompletionArguments
 from autoflow_worker.redis_client import REPLY_PATIENCE, Channel, PipelinedRedis
+from autoflow_worker.storable import dump
 
 MAX_STACKTRACES: Final = 20
 """Stack traces kept on a job, at most; the option `stackTraceLimit` may ask for fewer."""
@@ -182,6 +184,7 @@ class JobQueue:
         self._options = options
         self._worker = Worker(name, None, {**options, "connection": redis, "prefix": prefix})
         self._base = str(self._worker.keys[""])
+        self._completion_arguments = CompletionArguments(self._worker.keys, self._worker.opts)
         self._blocking: Channel | None = None
         self._hold = redis.register_script(_HOLD)
         self._held = redis.register_script(_HELD)
@@ -371,12 +374,20 @@ class JobQueue:
     async def complete(self, claim: Claim, value: Any, *, fetch_next: bool) -> Reply:
         """Move the job to completed.
 
+        Args:
+            value: the return value, storable as it is.
+
         Raises:
             ChildrenLeftError: it has unfinished or failed children, so BullMQ refuses.
         """
         keep = self._keep(claim, "removeOnComplete")
-        keys, args = self._worker.scripts.moveToCompletedArgs(
-            claim.job, value, keep, claim.token, fetch_next
+        keys, args = self._completion_arguments(
+            claim.job,
+            dump(value),
+            keep,
+            token=claim.token,
+            fetch_next=fetch_next,
+            now_ms=_now_ms(),
         )
         return await self._acknowledge("moveToFinished", keys, args, claim)
 

@@ -27,6 +27,7 @@ from redis.exceptions import (
     AuthorizationError,
     InvalidResponse,
     NoPermissionError,
+    NoScriptError,
     RedisError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -402,7 +403,7 @@ class PipelinedRedis(Redis):
         """As redis-py's, but a script is held once however many queues register it."""
         registered = self._scripts.get(script)
         if registered is None:
-            registered = self._scripts[script] = super().register_script(script)
+            registered = self._scripts[script] = _Script(self, script)
         return registered
 
     async def evalsha(self, sha: str, numkeys: int, *keys_and_args: Any) -> Any:
@@ -434,6 +435,21 @@ def _keepalive_of(url: str) -> dict[str, Any]:
         return {}
     known = {name: value for name, value in KEEPALIVE.items() if hasattr(socket, name)}
     return {"socket_keepalive_options": {getattr(socket, n): v for n, v in known.items()}}
+
+
+class _Script(AsyncScript):
+    """As redis-py's, which looks at each call for a pipeline first."""
+
+    async def __call__(self, keys: Any = None, args: Any = None, client: Any = None) -> Any:
+        if client is None:
+            keys = keys or ()
+            try:
+                return await self.registered_client.evalsha(
+                    self.sha, len(keys), *keys, *(args or ())
+                )
+            except NoScriptError:
+                pass
+        return await super().__call__(keys, args, client)
 
 
 async def _id_of(connection: AbstractConnection) -> int:

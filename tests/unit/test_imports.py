@@ -18,7 +18,7 @@ ORDER = """
     cleaning storable failure record
     execution retry
     recorder database
-    redis_client fitness job_queue
+    redis_client fitness completion job_queue
     job_history task_worker
     new_rows scheduler
     signals service
