@@ -10,6 +10,7 @@ import asyncio
 import base64
 import enum
 import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,9 @@ if left + redis.call('ZCARD', KEYS[4]) > 0 then
   redis.call('ZADD', KEYS[1], 0, '0')
 end
 """
+
+# How a job scheduler repeats.
+_REPEAT: Final = ("every", "pattern", "tz", "limit", "offset", "startDate", "endDate")
 
 # Numbers as JavaScript prints them, other than plain digits.
 _NUMBER: Final = re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?(e\+[0-9]{1,2})?")
@@ -287,6 +291,7 @@ class JobQueue:
         job = Job(self._worker, fields.get("name") or self.name, {}, {"attempts": 1}, job_id)
         job.attemptsMade = _whole(fields.get("atm"))
         job.attemptsStarted = _whole(fields.get("ats"))
+        job.repeatJobKey = fields.get("rjk")
         job.timestamp = _whole(fields.get("timestamp"))
         return job
 
@@ -295,16 +300,26 @@ class JobQueue:
 
         May be repeated: BullMQ checks that this job is the scheduler's latest.
         """
-        job = claim.job
+        job, options = claim.job, claim.job.opts
+        if claim.malformed:
+            options = await self._options_of_scheduler(job.repeatJobKey)
         await self._worker.jobScheduler.upsertJobScheduler(
             job.repeatJobKey,
-            job.opts.get("repeat"),
+            options.get("repeat"),
             job.name,
             job.data,
-            job.opts,
+            options,
             override=False,
             producer_id=job.id,
         )
+
+    async def _options_of_scheduler(self, name: str) -> dict[str, Any]:
+        """The options of a scheduler's next job, where those of its latest can't be read."""
+        scheduler = await self._worker.jobScheduler.getScheduler(name) or {}
+        repeat = {option: scheduler[option] for option in _REPEAT if option in scheduler}
+        template = scheduler.get("template", {}).get("opts")
+        options = template if isinstance(template, dict) else {}
+        return {**options, "repeat": {**repeat, "count": scheduler.get("iterationCount", 0)}}
 
     # -- locks -----------------------------------------------------------------------------------
 
@@ -353,9 +368,9 @@ class JobQueue:
         await self._redis.connected()
 
     @property
-    def restored_at(self) -> float:
-        """Event loop time of the end of the last outage of Redis; -inf if there was none."""
-        return self._redis.restored_at
+    def up_since(self) -> float:
+        """Event loop time from which Redis was there; -inf: always; inf: it is not."""
+        return self._redis.restored_at if self._redis.is_connected else math.inf
 
     async def check_stalled(self) -> list[str]:
         """Put back what a dead worker left in `active`; the ids of these jobs."""

@@ -8,8 +8,9 @@ BullMQ is told. A crash in between runs the job again, and never leaves a row th
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 from uuid import uuid4
 
@@ -31,7 +32,6 @@ from autoflow_worker.job_queue import (
     MalformedJobError,
     Reply,
 )
-from autoflow_worker.recorder import Recorder, Verdict
 from autoflow_worker.retry import NoBackoffError, backoff_ms
 from autoflow_worker.task import (
     DelayedError,
@@ -40,6 +40,7 @@ from autoflow_worker.task import (
     UnrecoverableError,
     WaitingChildrenError,
 )
+from autoflow_worker.writes import Recorder, Verdict
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +60,9 @@ CUT_OFF_PATIENCE: Final = UNWIND_PATIENCE + 0.2
 
 RECORD_HANDED_BACK: Final = 0.3
 """Seconds that recording `pending` may take at the deadline; the jobs are handed back anyway."""
+
+# What a row was told of a job that BullMQ then refused to complete.
+_TAKEN_BACK: Final = MappingProxyType({"completedAt": None, "result": None})
 
 T = TypeVar("T")
 
@@ -327,7 +331,7 @@ class TaskWorker:
         job = claim.job
         # The process may have stood still since it asked for the job.
         await self._make_sure_of_lock(claim)
-        if job.repeatJobKey and not claim.malformed:
+        if job.repeatJobKey:
             await self._advance_scheduler(claim)
         if never := claim.malformed or job.deferredFailure:
             return await self._fail(claim, history, owner, UnrecoverableError(never))
@@ -383,10 +387,16 @@ class TaskWorker:
                 claim, owner, partial(self._queue.complete, claim, result)
             )
         except ChildrenLeftError as error:
-            return await self._fail(claim, history, owner, error)
+            return await self._fail(claim, history, owner, error, instead=_TAKEN_BACK)
 
     async def _fail(
-        self, claim: Claim, history: JobHistory, owner: str, error: BaseException
+        self,
+        claim: Claim,
+        history: JobHistory,
+        owner: str,
+        error: BaseException,
+        *,
+        instead: Mapping[str, None] = MappingProxyType({}),
     ) -> Reply:
         """Record and acknowledge a failure: for good, or with another attempt to come."""
         now_ms = _now_ms()
@@ -402,7 +412,7 @@ class TaskWorker:
             )
         else:
             patch = record.pending_patch(attempt=claim.attempt, error=failure)
-        if await history.finish(patch) is Verdict.CANCELLED:
+        if await history.finish({**patch, **instead}) is Verdict.CANCELLED:
             delay_ms = None  # A cancelled task never runs again.
         told = (failure["reason"], failure.get("stackTrace"))
         log.info(
@@ -497,7 +507,7 @@ class TaskWorker:
                 return
             failure = record.error_record(error, now_ms=now_ms)
             patch = record.failed_patch(now_ms=now_ms, attempt=claim.attempt, error=failure)
-            await history.finish(patch)
+            await history.finish({**patch, **_TAKEN_BACK})
             await self._insist(lambda: self._queue.bury(claim, failure["reason"]))
         except RedisError as refusal:
             # Then it is not this job that is broken, but its queue.
@@ -545,20 +555,19 @@ class TaskWorker:
 
     async def _watch_stalled(self) -> None:
         interval = self.task.worker_options.get("stalledInterval", STALLED_INTERVAL_MS) / 1000
-        loop = asyncio.get_running_loop()
         while True:
-            # Locks expire during an outage. Whose job still runs gets the time to renew its lock.
-            calm_at = self._queue.restored_at + self._renew_every + 2 * OUTAGE_PAUSE_MAX
-            if (left := calm_at - loop.time()) > 0:
-                await asyncio.sleep(left)
+            await self._queue.connected()
+            if (left := self._calm_in()) > 0:
+                await asyncio.sleep(min(left, OUTAGE_PAUSE_MAX))
                 continue
             try:
                 # Our own are renewed last of all: a server that hung takes commands in their order.
                 await self._queue.extend(list(self._running))
+                if self._calm_in() > 0:
+                    continue  # It has waited for the connection.
                 stalled = await self._queue.check_stalled()
             except RedisConnectionError:
                 await asyncio.sleep(OUTAGE_PAUSE_MAX)
-                await self._queue.connected()
                 continue
             except ResponseError as error:
                 # A job that is no hash breaks BullMQ's script; it has taken that job out by then.
@@ -567,6 +576,14 @@ class TaskWorker:
             for job_id in stalled:
                 log.warning("job_stalled", queue=self._queue.name, task_id=job_id)
             await asyncio.sleep(interval)
+
+    def _calm_in(self) -> float:
+        """Seconds until everybody has had the time to renew what expired during an outage.
+
+        Locks expire then, and the jobs run on: they are not stalled.
+        """
+        calm_at = self._queue.up_since + self._renew_every + 2 * OUTAGE_PAUSE_MAX
+        return calm_at - asyncio.get_running_loop().time()
 
     async def _insist(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Ask Redis, over every outage, for something that may be asked twice."""

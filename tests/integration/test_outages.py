@@ -93,6 +93,13 @@ class Scene:
         async with Redis.from_url(self.server.url, decode_responses=True) as redis:
             return await redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
+    async def has_checked(self) -> bool:
+        """Whether a worker has looked for stalled jobs lately."""
+        return bool(await self.admin("EXISTS", f"{self.prefix}:{QUEUE}:stalled-check"))
+
+    async def has_not_checked(self) -> bool:
+        return not await self.has_checked()
+
     async def load_scripts(self) -> None:
         """So that the first reply to a script is not that the server does not know it."""
         async with Redis.from_url(self.server.url) as redis:
@@ -269,18 +276,21 @@ async def test_a_server_that_never_comes_back_does_not_hold_up_the_exit(scene: S
 
 async def test_an_outage_longer_than_the_locks(scene: Scene) -> None:
     """Who holds a job renews its lock before anybody takes the job for stalled."""
-    scene.worker_options = {"lockDuration": 400, "stalledInterval": 150}
+    scene.worker_options = {"lockDuration": 1000, "stalledInterval": 300}
     async with scene.work(), scene.work():
         jobs = [f"held-{n}" for n in range(6)]
         await scene.add(*jobs, payload={"held": True})
         for job in jobs:
             await scene.db.until_status(job, "active")
-        for _ in range(3):
+        for _ in range(2):
+            # Just after a check, which marks what has no lock at the next one.
+            await until(scene.has_checked)
             await scene.server.stop()
-            await pass_time(0.6)
+            await pass_time(1.2)
             await scene.server.start()
-            await scene.add("between", payload={"held": True})
-            await pass_time(1)
+            for _ in range(2):
+                await until(scene.has_not_checked)
+                await until(scene.has_checked)
         scene.go_on.set()
         await scene.until_completed(*jobs)
     assert set(scene.runs.values()) == {1}

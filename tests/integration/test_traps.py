@@ -176,7 +176,7 @@ async def test_02_locks_are_renewed_until_the_last_job_has_ended(
     async def ours(payload: Payload, ctx: TaskContext) -> None:
         await gates.setdefault(ctx.task_id, asyncio.Event()).wait()
 
-    options: Any = {"lockDuration": 600, "stalledInterval": 60_000}
+    options: Any = {"lockDuration": 1200, "stalledInterval": 60_000}
     short, long = [await stage.plain.add("plain", {}) for _ in range(2)]
     async with stage.run_plain(plain, concurrency=2, **options) as worker:
         await until(lambda: len(gates) == 2)
