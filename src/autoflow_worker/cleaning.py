@@ -20,6 +20,8 @@ from uuid import UUID
 
 from pydantic import BaseModel
 
+from autoflow_worker.digits import digits_of
+
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 T = TypeVar("T")
 
@@ -141,10 +143,9 @@ class Cleaner:
         digits = int(number.bit_length() * _LOG10_2)
         if digits > MAX_DIGITS:
             raise Refusal(f"an integer has more than {MAX_DIGITS:,} digits")
-        # Its time grows with the square of its digits, and so does what it takes of the room.
+        # Its time grows quicker than its digits, and so does what it takes of the room.
         self._take(digits * digits >> 11)
-        # Not str(), which refuses more than 4,300 digits.
-        return str(Decimal(number))
+        return digits_of(number)
 
     def _take(self, size: int) -> None:
         self._room -= size

@@ -15,7 +15,7 @@ ORDER = """
     errors masking connection_urls failpoints log_writer
     settings logs
     worker_options payload task loader
-    cleaning storable failure record
+    digits cleaning storable failure record
     execution retry
     recorder database
     redis_client fitness completion job_queue
