@@ -6,7 +6,8 @@ Everything is as always, but the recorder answers at once that a status is writt
 import asyncio
 
 from autoflow_worker import cli, service
-from autoflow_worker.recorder import StatusRecorder, Verdict, Write
+from autoflow_worker.recorder import StatusRecorder
+from autoflow_worker.writes import Verdict, Write
 
 
 class InstantRecorder(StatusRecorder):

@@ -5,7 +5,7 @@ from typing import Any
 
 from autoflow_worker import record
 from autoflow_worker.failpoints import failpoint
-from autoflow_worker.recorder import Recorder, Verdict, Write
+from autoflow_worker.writes import Recorder, Verdict, Write
 
 NewRow = Callable[[], Mapping[str, Any]]
 

@@ -26,7 +26,8 @@ from psycopg.types.json import Jsonb
 from autoflow_worker import record
 from autoflow_worker.job_history import JobHistory
 from autoflow_worker.job_queue import LockLostError
-from autoflow_worker.recorder import StatusRecorder, Verdict
+from autoflow_worker.recorder import StatusRecorder
+from autoflow_worker.writes import Verdict
 from tests.support.database import Connection
 
 QUEUE = "reports-render"

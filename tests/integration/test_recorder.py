@@ -12,8 +12,10 @@ import orjson
 import psycopg
 import pytest
 
-from autoflow_worker import record, recorder
-from autoflow_worker.recorder import StatusRecorder, Verdict, Write
+from autoflow_worker import record, recorder, recorder_lane
+from autoflow_worker.recorder import StatusRecorder
+from autoflow_worker.row_statements import DURABLE_UPDATE, RELAXED_UPDATE
+from autoflow_worker.writes import Verdict, Write
 from tests.support.database import Connection, Database, task_data
 from tests.support.until import until
 
@@ -179,7 +181,7 @@ async def test_writes_of_one_row_keep_their_order(keeper: StatusRecorder, db: Da
 
 
 async def test_further_connections_take_what_one_statement_can_not_hold(db: Database) -> None:
-    tasks = await insert_many(db, 3 * recorder.MAX_BATCH)
+    tasks = await insert_many(db, 3 * recorder_lane.MAX_BATCH)
     await db.execute(SPY)
     async with recording(db.url, connections=3) as several:
         verdicts = await submit(
@@ -637,7 +639,7 @@ async def test_connections_that_are_ended_are_replaced(db: Database) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 50_000])
-@pytest.mark.parametrize("statement", [recorder._DURABLE_UPDATE, recorder._RELAXED_UPDATE])
+@pytest.mark.parametrize("statement", [DURABLE_UPDATE, RELAXED_UPDATE])
 async def test_rows_are_found_by_primary_key_whatever_the_tables_size(
     keeper: StatusRecorder, db: Database, size: int, statement: str
 ) -> None:
@@ -651,11 +653,8 @@ async def test_rows_are_found_by_primary_key_whatever_the_tables_size(
     writes = [write(f"row-{number}", completed()) for number in range(500)]
     parameter = orjson.dumps([w.as_parameter() for w in writes]).decode()
     literal = psycopg.sql.Literal(parameter).as_string(db.connection)
-    session = await keeper.connect()
-    try:
-        explained = await session.execute("EXPLAIN " + statement.replace("%s", literal))
-        plan = "\n".join(row[0] for row in await explained.fetchall())
-    finally:
-        await session.close()
+    session = await keeper._lanes[0].connection()
+    explained = await session.execute("EXPLAIN " + statement.replace("%s", literal))
+    plan = "\n".join(row[0] for row in await explained.fetchall())
     assert "using tasks_pkey" in plan
     assert "Seq Scan" not in plan

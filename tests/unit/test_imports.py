@@ -17,7 +17,7 @@ ORDER = """
     worker_options payload task loader
     digits cleaning storable failure record
     execution retry
-    recorder database
+    writes row_statements recorder_lane recorder database
     redis_client fitness completion job_queue
     job_history task_worker
     new_rows scheduler
@@ -29,10 +29,18 @@ ORDER = """
 
 # Who may import what; everyone else goes through these.
 DRIVERS = {
-    # recorder writes the rows; database makes and judges the table before there is a recorder;
+    # recorder_lane writes the rows, by row_statements; database makes and judges the table before;
     # connection_urls asks libpq whether it can read a URL; new_rows writes those of new tasks;
     # reconcile reads rows that no worker is writing; demo_jobs reads and cancels as the API does.
-    "psycopg": {"recorder", "database", "connection_urls", "new_rows", "reconcile", "demo_jobs"},
+    "psycopg": {
+        "row_statements",
+        "recorder_lane",
+        "database",
+        "connection_urls",
+        "new_rows",
+        "reconcile",
+        "demo_jobs",
+    },
     # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker;
     # reconcile and demo_jobs read states.
     "bullmq": {"task", "job_queue", "scheduler", "reconcile", "demo_jobs"},

@@ -1,0 +1,353 @@
+"""One connection to PostgreSQL, and the task that writes batches over it."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import orjson
+import psycopg
+import structlog
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from autoflow_worker.errors import DatabaseUnavailableError
+from autoflow_worker.failpoints import failpoint
+from autoflow_worker.masking import mask_secrets
+from autoflow_worker.row_statements import (
+    CONFLICTS,
+    CONNECTION_DEFAULTS,
+    DURABLE_UPDATE,
+    INSERT,
+    LOCKED,
+    LOOK,
+    REFUSED,
+    RELAXED_UPDATE,
+    ROW_REFUSED,
+    SESSION,
+    UNSTORABLE,
+    WORDS_OF_REFUSAL,
+    UnencodableError,
+)
+from autoflow_worker.storable import dump
+from autoflow_worker.writes import Verdict, Write
+
+log = structlog.get_logger(__name__)
+
+MAX_BATCH: Final = 500
+"""Patches in one statement, at most. A further connection is used when more than that wait."""
+
+RETRY_PAUSE: Final = 0.1
+"""Seconds before the second retry of a failed batch (the first is at once); doubled from there."""
+
+RETRY_PAUSE_MAX: Final = 2.0
+"""Seconds between two retries, at most."""
+
+
+class Source(Protocol):
+    """Where a lane gets its batches, and tells how it goes: the recorder."""
+
+    def take(self, at_least: int) -> list[Write]:
+        """The next batch, if at least so many writes wait."""
+        ...
+
+    def postpone(self, write: Write) -> None:
+        """Try a write again in a while, by itself."""
+        ...
+
+    def wake_lanes(self) -> None:
+        """Set the lanes to work, if there is some."""
+        ...
+
+    def note_outage(self, error: Exception) -> None:
+        """PostgreSQL could not be reached, or gave up."""
+        ...
+
+    def note_success(self) -> None:
+        """A batch was written."""
+        ...
+
+
+class Lane:
+    """One connection and the task that writes batches over it."""
+
+    def __init__(self, source: Source, url: str, index: int) -> None:
+        self._source = source
+        options: dict[str, Any] = {**CONNECTION_DEFAULTS, **conninfo_to_dict(url)}
+        self._conninfo = make_conninfo("", **options)
+        self._index = index
+        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._work = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.batch: list[Write] = []
+        self.task: asyncio.Task[None] | None = None
+
+    async def open(self, timeout: float) -> None:
+        """Connect for the first time.
+
+        Args:
+            timeout: seconds to keep trying.
+
+        Raises:
+            DatabaseUnavailableError: not reached in time, a wrong password, or no such database.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        pause = RETRY_PAUSE
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self.connection()
+            except TimeoutError:
+                raise DatabaseUnavailableError(
+                    f"PostgreSQL can't be reached within {timeout:g} s: it gives no answer"
+                ) from None
+            except psycopg.Error as error:
+                reason = mask_secrets(str(error).strip())
+                if isinstance(error, REFUSED) or _is_refusal(reason):
+                    raise DatabaseUnavailableError(
+                        f"PostgreSQL refuses the connection: {reason}"
+                    ) from None
+                if loop.time() + pause > deadline:
+                    raise DatabaseUnavailableError(
+                        f"PostgreSQL can't be reached within {timeout:g} s: {reason}"
+                    ) from None
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, RETRY_PAUSE_MAX)
+            else:
+                break
+
+    def start(self) -> None:
+        self.task = asyncio.get_running_loop().create_task(
+            self._run(), name=f"status recorder {self._index}"
+        )
+
+    def wake(self) -> None:
+        self.idle.clear()
+        self._work.set()
+
+    async def close(self) -> None:
+        if self.batch and self._connection is not None and not self._connection.closed:
+            # psycopg would ask a server that may be away, for seconds, to cancel the statement.
+            duplicate = socket.socket(fileno=os.dup(self._connection.fileno()))
+            with duplicate, contextlib.suppress(OSError):
+                duplicate.shutdown(socket.SHUT_RDWR)
+            # The writes are given up, so the lane ends with its statement; unless it is dead.
+            idle = asyncio.ensure_future(self.idle.wait())
+            ends = {idle} if self.task is None else {idle, self.task}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            idle.cancel()
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.wait({self.task})
+        await self._disconnect()
+
+    async def connection(self) -> psycopg.AsyncConnection[Any]:
+        if self._connection is None:
+            self._connection = await _connect(self._conninfo)
+        return self._connection
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def _run(self) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            # One turn of the loop lets everything that is ready now into the same batch.
+            await asyncio.sleep(0)
+            while batch := self._source.take(1 if self._index == 0 else MAX_BATCH):
+                self.batch = batch
+                await self._commit()
+                self.batch = []
+            self.idle.set()
+            if self._index > 0:
+                # What had to wait for a row in this lane's batch, the first lane can take now.
+                self._source.wake_lanes()
+
+    async def _commit(self) -> None:
+        """Write the batch, however often it takes."""
+        pause = 0.0
+        while left := _unsettled(self.batch):
+            try:
+                if left[0].alone:
+                    left = await self._without_locked(left)
+                await self._write(left)
+            except psycopg.errors.LockNotAvailable:
+                continue  # The whole table is locked; the lock's timeout was the pause.
+            except CONFLICTS:
+                await asyncio.sleep(pause)
+                pause = min(max(pause * 2, RETRY_PAUSE), RETRY_PAUSE_MAX)
+            except (psycopg.Error, OSError) as error:
+                await self._disconnect()
+                self._source.note_outage(error)
+                await asyncio.sleep(pause)
+                pause = min(max(pause * 2, RETRY_PAUSE), RETRY_PAUSE_MAX)
+            else:
+                self._source.note_success()
+
+    async def _write(self, writes: Sequence[Write]) -> None:
+        """Write these; a bad one among them is found by halving, so the others are not held up."""
+        if not writes:
+            return
+        try:
+            written = await self._update(writes)
+            failpoint("in-batch")
+            refused = [write for write in writes if write.row_id not in written]
+            for write in writes:
+                if write.row_id in written:
+                    write.settle(Verdict.WRITTEN)
+            if refused:
+                await self._explain(refused)
+        except psycopg.errors.LockNotAvailable as error:
+            left = _unsettled(writes)
+            free = await self._without_locked(left)
+            if len(free) < len(left):
+                await self._write(free)
+            else:  # somebody may be about to insert one of the rows
+                await self._write_halves(left, error)
+        except (*UNSTORABLE, *ROW_REFUSED) as error:
+            await self._write_halves(_unsettled(writes), error)
+
+    async def _write_halves(self, writes: Sequence[Write], error: Exception) -> None:
+        """Write what failed as a whole; one that fails by itself is made smaller, or put off."""
+        if len(writes) > 1:
+            middle = len(writes) // 2
+            await self._write(writes[:middle])
+            await self._write(writes[middle:])
+        elif writes and isinstance(error, UNSTORABLE):
+            await self._write_smallest(writes[0], error)
+        elif writes:
+            self._put_off(writes[0], str(error))
+
+    async def _without_locked(self, writes: Sequence[Write]) -> list[Write]:
+        """Put off the writes whose rows somebody has locked; the others."""
+        connection = await self.connection()
+        cursor = await connection.execute(LOCKED, {"ids": [write.row_id for write in writes]})
+        locked = {row[0] for row in await cursor.fetchall()}
+        for write in writes:
+            if write.row_id in locked:
+                self._put_off(write, "somebody has locked the row")
+        return [write for write in writes if write.row_id not in locked]
+
+    def _put_off(self, write: Write, reason: str) -> None:
+        if not write.alone:
+            log.warning("write_put_off", row=write.row_id, reason=mask_secrets(reason.strip()))
+        self.batch.remove(write)
+        self._source.postpone(write)
+
+    async def _update(self, writes: Sequence[Write]) -> set[str]:
+        statement = RELAXED_UPDATE if all(w.is_start for w in writes) else DURABLE_UPDATE
+        parameter = _encode([write.as_parameter() for write in writes])
+        connection = await self.connection()
+        failpoint("batch-sent")
+        cursor = await connection.execute(statement, (parameter,))
+        return {row[0] for row in await cursor.fetchall()}
+
+    async def _write_smallest(self, write: Write, error: Exception) -> None:
+        if write.is_smallest:
+            write.settle(Verdict.UNSTORABLE)
+            return
+        log.error("unstorable_patch", row=write.row_id, reason=mask_secrets(str(error).strip()))
+        write.is_smallest = True
+        write.patch = _smallest_patch(write.patch)
+        write.text = orjson.dumps(write.patch).decode()
+        write.new_row = None if write.new_row is None else _smallest_row(write.new_row)
+        await self._write([write])
+
+    async def _explain(self, writes: Sequence[Write]) -> None:
+        """Find out why rows were not written: each reason has its own way on."""
+        connection = await self.connection()
+        cursor = await connection.execute(LOOK, ([write.row_id for write in writes],))
+        rows = {row[0]: row[1:] for row in await cursor.fetchall()}
+        again: list[Write] = []
+        missing: list[Write] = []
+        for write in writes:
+            kind, queue, status, started_at = rows.get(write.row_id, (None, None, None, None))
+            if kind is None and write.new_row:
+                missing.append(write)
+            elif kind is None:
+                write.settle(Verdict.MISSING)
+            elif kind != "object":
+                log.error("row_is_not_an_object", row=write.row_id, kind=kind)
+                write.settle(Verdict.MISSING)
+            elif queue is not None and queue != write.queue:
+                # Another queue's task has this id: this job's history gets a row of its own.
+                write.row_id = f"{write.queue}:{write.row_id}"
+                again.append(write)
+            elif status == "cancelled" and write.patch.get("status") != "completed":
+                write.settle(Verdict.CANCELLED)
+            elif (write.since is not None and (started_at or "") > write.since) or (
+                write.fence is not None and started_at != write.fence
+            ):
+                write.settle(Verdict.CONTESTED)
+            elif not write.puzzled:  # the row may have changed between the two statements
+                write.puzzled = True
+                again.append(write)
+            else:
+                self._put_off(write, "PostgreSQL leaves the row as it is, a trigger or a policy")
+        if missing:
+            await self._insert(missing)
+            again += missing
+        if again:
+            await self._write(again)
+
+    async def _insert(self, writes: Sequence[Write]) -> None:
+        """Create rows for jobs that have none; the write itself follows."""
+        rows = [
+            # Not by orjson at once: a payload may hold integers beyond its 64 bits.
+            {"id": write.row_id, "data": orjson.Fragment(dump(dict(write.new_row())))}
+            for write in writes
+            if write.new_row
+        ]
+        connection = await self.connection()
+        await connection.execute(INSERT, (_encode(rows),))
+
+
+async def _connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
+    connection = await psycopg.AsyncConnection.connect(
+        conninfo, autocommit=True, prepare_threshold=0
+    )
+    try:
+        await connection.execute(SESSION, prepare=False)
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+def _unsettled(writes: Iterable[Write]) -> list[Write]:
+    return [write for write in writes if not write.settled.done()]
+
+
+def _encode(rows: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return orjson.dumps(rows).decode()
+    except TypeError as error:  # which is how orjson refuses what it can't encode
+        raise UnencodableError(str(error)) from error
+
+
+def _smallest_patch(patch: Mapping[str, Any]) -> dict[str, Any]:
+    """What still is true of a patch whose texts can't be stored."""
+    smaller = dict(patch)
+    if isinstance(result := patch.get("result"), Mapping):
+        smaller["result"] = {key: result[key] for key in ("success", "duration")}
+    if isinstance(error := patch.get("error"), Mapping):
+        smaller["error"] = {
+            "success": False,
+            "reason": "the reason can't be stored in PostgreSQL",
+            "lastAttemptAt": error["lastAttemptAt"],
+        }
+    return smaller
+
+
+def _smallest_row(new_row: Callable[[], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
+    return lambda: {**new_row(), "payload": {}}
+
+
+def _is_refusal(reason: str) -> bool:
+    return any(words in reason for words in WORDS_OF_REFUSAL)

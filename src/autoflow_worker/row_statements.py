@@ -1,0 +1,109 @@
+"""The statements that write the tasks table, and what PostgreSQL's refusals of them mean."""
+
+from typing import Final
+
+import psycopg
+
+LOCK_TIMEOUT: Final = "50ms"
+"""How long a batch waits for somebody else's lock before the locked rows are put off."""
+
+# A batch looks up each of its rows by primary key, whatever the planner believes of the table's
+# size: a plan made for a small table would read all of a grown one for every batch.
+SESSION: Final = f"""
+SET lock_timeout = '{LOCK_TIMEOUT}';
+SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off
+"""
+
+CONNECTION_DEFAULTS: Final = {
+    "application_name": "autoflow-worker",
+    "connect_timeout": 5,
+    # A half-open connection is noticed by the kernel: a write is never cancelled half-way.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+
+REFUSED: Final = (
+    psycopg.errors.InvalidPassword,
+    psycopg.errors.InvalidAuthorizationSpecification,
+    psycopg.errors.InvalidCatalogName,
+)
+# libpq's errors while connecting carry no SQLSTATE, only the server's words.
+WORDS_OF_REFUSAL: Final = (
+    "authentication failed",
+    "does not exist",
+    "is not permitted to log in",
+    "no password supplied",
+    "pg_hba.conf",  # has no entry, or one that rejects
+    "permission denied for database",
+)
+
+
+class UnencodableError(ValueError):
+    """A text that is no text, such as half a surrogate pair, can't be sent to PostgreSQL."""
+
+
+# Errors that the content of a patch caused: the same statement can never succeed.
+UNSTORABLE: Final = (
+    UnencodableError,
+    psycopg.DataError,
+    psycopg.IntegrityError,
+    psycopg.errors.ProgramLimitExceeded,
+    psycopg.errors.StatementTooComplex,
+    UnicodeError,
+)
+
+# Errors that one row may cause without its patch being to blame: by its triggers or policies, by
+# damage, or because the statement took too long. The row may be written later, the others now.
+ROW_REFUSED: Final = (
+    psycopg.errors.QueryCanceled,
+    psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.PlpgsqlError,
+    psycopg.errors.RaiseException,
+    psycopg.errors.InternalError_,
+    psycopg.errors.DataCorrupted,
+)
+
+CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+
+# `data || patch` merges at the top level and keeps the API's other keys. The conditions are the
+# rules that no write may break: another queue's row is not ours; `since`: a start never goes
+# behind a later start; `fence`: an outcome goes only into the row that still shows its own start;
+# a cancelled task stays cancelled, unless its work was done after all (`settles`).
+_UPDATE: Final = """
+UPDATE tasks AS t
+SET data = t.data || p.patch, updated_at = timezone('utc', now())
+FROM json_to_recordset(%s::json)
+     AS p(id text, queue text, patch jsonb, since text, fence text, settles boolean){relaxed}
+WHERE t.id = p.id
+  AND jsonb_typeof(t.data) = 'object'
+  AND coalesce(t.data->>'queueName', p.queue) = p.queue
+  AND (p.since IS NULL OR coalesce(t.data->>'startedAt', '') <= p.since COLLATE "C")
+  AND (p.fence IS NULL OR t.data->>'startedAt' = p.fence)
+  AND (p.settles OR t.data->>'status' IS DISTINCT FROM 'cancelled')
+RETURNING t.id
+"""
+DURABLE_UPDATE: Final = _UPDATE.format(relaxed="")
+# A start that a crash of PostgreSQL loses is made good by its outcome, so it needn't wait for the
+# disk. Set inside the statement, it holds for this one transaction and needs no round trip.
+RELAXED_UPDATE: Final = (
+    "WITH relaxed AS MATERIALIZED"
+    " (SELECT set_config('synchronous_commit', 'off', true) AS value)\n"
+    + _UPDATE.format(relaxed=" JOIN relaxed ON relaxed.value = 'off'")
+)
+INSERT: Final = """
+INSERT INTO tasks (id, data, created_at, updated_at)
+SELECT p.id, p.data, timezone('utc', now()), timezone('utc', now())
+FROM json_to_recordset(%s::json) AS p(id text, data jsonb)
+ON CONFLICT (id) DO NOTHING
+"""
+LOCKED: Final = """
+WITH free AS MATERIALIZED (
+  SELECT id FROM tasks WHERE id = ANY(%(ids)s) FOR NO KEY UPDATE SKIP LOCKED)
+SELECT id FROM tasks WHERE id = ANY(%(ids)s) EXCEPT SELECT id FROM free
+"""
+LOOK: Final = """
+SELECT id, jsonb_typeof(data), data->>'queueName', data->>'status', data->>'startedAt'
+FROM tasks WHERE id = ANY(%s)
+"""
