@@ -376,6 +376,20 @@ async def test_a_job_that_the_stalled_check_breaks_on(
     await poisoned.check_completed("sound")
 
 
+async def test_a_queue_that_is_broken_itself_does_not_cost_the_others(
+    run_worker: RunWorker, poisoned: Poisoned, node5: Node
+) -> None:
+    """As by a job whose id is the name of one of the queue's own keys."""
+    await poisoned.raw.set(poisoned.base + b"failed", "no sorted set")
+    await poisoned.add("fails-1")
+    with capture_logs() as logs:
+        async with run_worker([poisoned.task(), define_task("other", poisoned.handler)]):
+            await until(lambda: "job_not_buried" in {entry["event"] for entry in logs})
+            await poisoned.db.until_status("fails-1", "failed")
+            other = await node5.schedule("other")
+            await poisoned.db.until_status(other, "completed")
+
+
 async def test_a_poisoned_child_fails_its_parent(
     run_worker: RunWorker, api: Api, node5: Node, redis: Redis, prefix: str
 ) -> None:
