@@ -1,7 +1,7 @@
 """The fixtures; tests/README.md lists them. All of xdist's workers share one pair of servers."""
 
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,14 @@ from tests.support.running import RunWorker, running
 from tests.support.servers import OwnServer, own_postgres_server, own_redis_server
 
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_forgotten(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail a test in which asyncio met an exception that nobody asked for."""
+    yield
+    complaints = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio"]
+    assert not complaints, "\n".join(complaints)
 
 
 class SharedServers:
