@@ -1,4 +1,7 @@
-"""The commands as processes: exit codes, messages, and what holds up an exit."""
+"""The commands as processes: exit codes, messages, and what holds up an exit.
+
+What a start refuses is in acceptance/test_start_errors.py.
+"""
 
 import asyncio
 import os
@@ -7,11 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
 
 import pytest
 
-from tests.support.database import Database, other_database
+from tests.support.database import Database
 from tests.support.node import Node
 from tests.support.process import WorkerProcess, WorkerStarter
 from tests.support.until import until
@@ -24,9 +26,6 @@ GOOD_TASKS = """
     tasks = [define_task("mails", handler), define_task("reports", handler)]
 """
 UNREACHABLE = {"REDIS_URL": "redis://127.0.0.1:1", "WORKER_STARTUP_TIMEOUT": "0.2"}
-NOTHING: dict[str, Any] = dict.fromkeys(
-    ["REDIS_URL", "DATABASE_URL", "BULLMQ_PREFIX", "LOG_FORMAT"]
-)
 
 
 async def one_message(worker: WorkerProcess, code: int) -> str:
@@ -35,59 +34,6 @@ async def one_message(worker: WorkerProcess, code: int) -> str:
     assert "Traceback" not in worker.stderr + worker.stdout
     assert worker.stderr.count("autoflow-worker: ") == 1, worker.report()
     return worker.stderr.removeprefix("autoflow-worker: ")
-
-
-async def test_start_with_nothing_set(worker_process: WorkerStarter) -> None:
-    message = await one_message(worker_process(None, **NOTHING), 2)
-    assert "REDIS_URL is not set" in message
-    assert "DATABASE_URL is not set" in message
-
-
-async def test_start_without_a_task_list(worker_process: WorkerStarter) -> None:
-    assert "no module 'tasks_config'" in await one_message(worker_process(None), 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (("tasks = [", "tasks = ["), None),
-        (('"reports"', '"mails"'), "two tasks have the queue 'mails'"),
-        (('"reports", handler', '"reports", "handler"'), "task 'reports': handler must be"),
-        (("import define_task", "import define_tsak"), "cannot import name 'define_tsak'"),
-        (("tasks =", "other ="), "no attribute 'tasks'"),
-    ],
-)
-async def test_start_with_a_task_list_that_can_not_work(
-    worker_process: WorkerStarter, change: tuple[str, str], reason: str | None
-) -> None:
-    worker = worker_process(GOOD_TASKS.replace(*change))
-    if reason is not None:
-        assert reason in await one_message(worker, 2)
-        return
-    started = await worker.until_logged("worker_started")
-    assert started["queues"] == ["mails", "reports"]
-    worker.terminate()
-    assert await worker.wait() == 0
-    assert worker.stderr == ""
-
-
-async def test_start_with_an_unreachable_redis(worker_process: WorkerStarter) -> None:
-    message = await one_message(worker_process(GOOD_TASKS, **UNREACHABLE), 3)
-    assert "Redis can't be reached" in message
-
-
-async def test_start_with_a_database_that_is_not_there(
-    worker_process: WorkerStarter, database_url: str
-) -> None:
-    url = other_database(database_url, "nothing").replace("postgres@", "postgres:S3cr3t@")
-    message = await one_message(worker_process(GOOD_TASKS, DATABASE_URL=url), 3)
-    assert '"nothing" does not exist' in message
-    assert "S3cr3t" not in message
-
-
-async def test_start_without_the_table(worker_process: WorkerStarter, db: Database) -> None:
-    await db.execute("DROP TABLE tasks")
-    assert "no table 'tasks'" in await one_message(worker_process(GOOD_TASKS), 3)
 
 
 async def test_start_takes_the_command_line_before_the_environment(
