@@ -55,7 +55,7 @@ SECTIONS: dict[str, Section] = {
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("build/bench"),
     show_default=True,
-    help="Folder for results.json, results.md and throughput.svg.",
+    help="Folder for the results; those of other sections that it has are kept.",
 )
 def main(quick: bool, only: str | None, jobs: int | None, rounds: int | None, out: Path) -> None:
     """Measure this worker and others side by side, on servers of the program's own."""
@@ -65,35 +65,38 @@ def main(quick: bool, only: str | None, jobs: int | None, rounds: int | None, ou
     names = only.split(",") if only else list(SECTIONS)
     if unknown := [name for name in names if name not in SECTIONS]:
         raise click.UsageError(f"no such section: {', '.join(unknown)}")
-    results = Results()
-    started = time.time()
+    results = Results({**asdict(sizes), **_machine()})
     with own_servers() as servers:
         for name in names:
             began = time.perf_counter()
             SECTIONS[name](servers, results, sizes)
             print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-    text = as_markdown(results, goals(results))
-    print(f"\n{text}")
-    _save(out, results, text, {**asdict(sizes), "started": started, **_machine()})
+            _save(out, results)
+    print(f"\n{as_markdown(results, goals(results))}\nsaved in {out}")
 
 
 def _machine() -> dict[str, object]:
     return {
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "load": os.getloadavg(),
     }
 
 
-def _save(out: Path, results: Results, text: str, run: dict[str, object]) -> None:
+def _save(out: Path, results: Results) -> None:
+    """Write what there is by now, beside what the folder has of other sections."""
     out.mkdir(parents=True, exist_ok=True)
-    everything = {"run": run, "tables": results.as_json()}
-    (out / "results.json").write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
-    (out / "results.md").write_text(text)
-    if "throughput" in results.tables:
-        (out / "throughput.svg").write_text(plot.throughput(results.get("throughput")))
-    print(f"saved in {out}")
+    saved = out / "results.json"
+    everything = Results({})
+    everything.tables.update(results.tables)
+    if saved.exists():
+        everything.fill_up(json.loads(saved.read_text()))
+    saved.write_text(json.dumps(everything.as_json(), indent=1, ensure_ascii=False) + "\n")
+    (out / "results.md").write_text(as_markdown(everything, goals(everything)))
+    if "throughput" in everything.tables:
+        (out / "throughput.svg").write_text(plot.throughput(everything.get("throughput")))
 
 
 if __name__ == "__main__":

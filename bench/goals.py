@@ -85,7 +85,12 @@ def _limits(results: Results) -> list[Goal]:
         limit("100 idle queues: CPU", 2, idle.median("CPU", "% of a core"), " % of a core"),
         limit("100 idle queues: connections", 102, idle.median("Redis connections", "number"), ""),
         limit("100 idle queues: Redis", 60, idle.median("Redis commands", "per second"), "/s"),
-        limit("100 idle queues: transactions", 0, idle.median("PostgreSQL", "transactions"), ""),
+        limit(
+            "100 idle queues: PostgreSQL connections with traffic",
+            0,
+            idle.median("PostgreSQL connections with traffic", "number"),
+            "",
+        ),
         limit("memory with 10 tasks", 70, memory.median(OURS.name, 10), " MB"),
         limit("memory with 100 tasks", 120, memory.median(OURS.name, 100), " MB"),
         limit(f"memory grows over {list(flat)[-1] if flat else 0} jobs", 2, growth, " MB"),

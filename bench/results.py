@@ -1,6 +1,6 @@
 """What was measured: tables of medians and spreads."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -13,12 +13,14 @@ class Table:
         title: what it is about.
         unit: of the values.
         baseline: the row that the others are compared with, if any.
+        run: when, where and at what sizes it was measured.
     """
 
     title: str
     unit: str
     baseline: str | None = None
     cells: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
     def add(self, row: str, column: object, value: float) -> None:
         self.cells.setdefault(row, {}).setdefault(str(column), []).append(value)
@@ -37,29 +39,28 @@ class Table:
 
 
 class Results:
-    """All tables by name, in the order in which they were begun."""
+    """All tables by name, in the order in which they were begun.
 
-    def __init__(self) -> None:
+    Args:
+        run: when, where and at what sizes this is measured.
+    """
+
+    def __init__(self, run: dict[str, Any]) -> None:
         self.tables: dict[str, Table] = {}
+        self._run = run
 
     def table(self, name: str, title: str, unit: str, baseline: str | None = None) -> Table:
         """The table of this name; a new one, if need be."""
-        return self.tables.setdefault(name, Table(title, unit, baseline))
+        return self.tables.setdefault(name, Table(title, unit, baseline, run=self._run))
 
     def get(self, name: str) -> Table:
         """The table of this name; an empty one if its section was not measured."""
         return self.tables.get(name) or Table("", "")
 
+    def fill_up(self, earlier: dict[str, Any]) -> None:
+        """Add the tables of an earlier run, as `as_json` made them, that this one has not."""
+        for name, table in earlier.items():
+            self.tables.setdefault(name, Table(**table))
+
     def as_json(self) -> dict[str, Any]:
-        return {
-            name: {
-                "title": table.title,
-                "unit": table.unit,
-                "values": table.cells,
-                "medians": {
-                    row: {column: median(values) for column, values in cells.items()}
-                    for row, cells in table.cells.items()
-                },
-            }
-            for name, table in self.tables.items()
-        }
+        return {name: asdict(table) for name, table in self.tables.items()}

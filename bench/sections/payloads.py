@@ -22,9 +22,9 @@ def measure(servers: Servers, results: Results, sizes: Sizes) -> None:
         for name, size in SIZES.items():
             # Text that PostgreSQL can't compress to nothing.
             payload = {"text": "".join(random.choices(letters, k=size))}
-            jobs = max(50, min(sizes.jobs // 2, sizes.jobs * 5_000 // size))
+            jobs = max(100, min(sizes.jobs // 2, sizes.jobs * 5_000 // size))
             for contestant in (OURS, NODE_UPDATES):
                 found = drain(
-                    servers, contestant, CONCURRENCY, jobs, sizes.seconds, payload=payload
+                    servers, contestant, CONCURRENCY, jobs, max(sizes.seconds, 5), payload=payload
                 )
                 table.add(contestant.name, name, found.rate)
