@@ -23,7 +23,8 @@ from bullmq.scripts import raw2NextJobData
 from redis.exceptions import ResponseError
 
 from autoflow_worker.completion import CompletionArguments
-from autoflow_worker.redis_client import REPLY_PATIENCE, Channel, PipelinedRedis
+from autoflow_worker.redis_channel import REPLY_PATIENCE, Channel
+from autoflow_worker.redis_client import PipelinedRedis
 from autoflow_worker.storable import dump
 
 MAX_STACKTRACES: Final = 20

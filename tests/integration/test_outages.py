@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from autoflow_worker import TaskContext, TaskOptions, define_task, job_queue
-from autoflow_worker.redis_client import Channel
+from autoflow_worker.redis_channel import Channel
 from tests.support.configured import ConfiguredRedis
 from tests.support.database import Database
 from tests.support.plain import producer, state
@@ -264,14 +264,29 @@ async def test_a_drain_goes_on_over_an_outage(scene: Scene, broken: Break) -> No
     assert set(scene.runs.values()) == {1}
 
 
-async def test_a_server_that_never_comes_back_does_not_hold_up_the_exit(scene: Scene) -> None:
+async def test_a_signal_that_comes_during_an_outage(scene: Scene) -> None:
     await scene.add("held", payload={"held": True})
-    async with scene.work(worker_shutdown_grace=0.5) as worker:
+    async with scene.work(worker_shutdown_grace=60) as worker:
         await scene.db.until_status("held", "active")
-        await scene.server.kill()
-        async with asyncio.timeout(10):
-            assert await worker.stop() == 4
-    assert (await scene.db.task("held")).status in ("pending", "active")
+        async with killed(scene):
+            scene.go_on.set()
+            await scene.db.until_status("held", "completed")
+            worker.stopping.set()
+        assert await worker.stop() == 0
+    assert await scene.state("held") == "completed"
+    assert scene.runs == {"held": 1}
+
+
+async def test_what_was_due_during_an_outage(scene: Scene) -> None:
+    scene.worker_options = {"drainDelay": 60}
+    async with scene.work():
+        await scene.add("fails", payload={"failures": 1}, attempts=2, backoff=400)
+        await scene.add("delayed", delay=400)
+        await scene.db.until_status("fails", "delayed")
+        async with killed(scene):
+            await pass_time(0.5)
+        await scene.until_completed("fails", "delayed")
+    assert scene.runs == {"fails": 2, "delayed": 1}
 
 
 async def test_an_outage_longer_than_the_locks(scene: Scene) -> None:

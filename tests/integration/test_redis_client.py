@@ -18,7 +18,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from structlog.testing import capture_logs
 
-from autoflow_worker import redis_client
+from autoflow_worker import redis_channel, redis_client
 from autoflow_worker.errors import RedisUnavailableError
 from autoflow_worker.redis_client import PipelinedRedis
 from tests.support.configured import ConfiguredRedis
@@ -193,7 +193,7 @@ async def test_commands_wait_for_a_server_that_restarts(
 async def test_commands_wait_no_longer_than_they_should(
     connect: Connect, own_redis: OwnServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_client, "CONNECT_PATIENCE", 0.2)
+    monkeypatch.setattr(redis_channel, "CONNECT_PATIENCE", 0.2)
     client = await connect(own_redis.url)
     await own_redis.stop()
     await until(lambda: not client.is_connected)

@@ -18,7 +18,7 @@ from autoflow_worker import (
     TaskScheduler,
     define_task,
     new_rows,
-    redis_client,
+    redis_channel,
 )
 from autoflow_worker import scheduler as scheduler_module
 from autoflow_worker.errors import (
@@ -95,7 +95,7 @@ async def scheduler(redis_url: str, database_url: str, prefix: str) -> AsyncIter
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (scheduler_module, new_rows):
         monkeypatch.setattr(module, "PATIENCE", 0.3)
-    monkeypatch.setattr(redis_client, "CONNECT_PATIENCE", 0.1)
+    monkeypatch.setattr(redis_channel, "CONNECT_PATIENCE", 0.1)
 
 
 async def job_ids(redis: Redis, prefix: str) -> set[str]:

@@ -18,7 +18,7 @@ ORDER = """
     digits cleaning storable failure record
     execution retry
     writes row_statements recorder_lane recorder database
-    redis_client fitness completion job_queue
+    redis_channel redis_client fitness completion job_queue
     job_history task_worker
     new_rows scheduler
     signals service
@@ -44,7 +44,7 @@ DRIVERS = {
     # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker;
     # reconcile and demo_jobs read states.
     "bullmq": {"task", "job_queue", "scheduler", "reconcile", "demo_jobs"},
-    "hiredis": {"redis_client"},
+    "hiredis": {"redis_channel"},
     "watchfiles": {"dev"},
     "rich": {"demo_display"},
     "click": {"cli", "check", "dev"},

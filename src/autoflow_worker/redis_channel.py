@@ -1,0 +1,361 @@
+"""One connection to Redis that is shared by pipelining, and never lost for good.
+
+redis-py spends 150 to 200 microseconds on each command and lets one command at a time onto a
+connection. Here, commands that are issued in the same turn of the event loop leave in one write,
+and hiredis matches the replies in order. Connecting (TLS, ACL users, unix sockets, database
+numbers, client names) stays redis-py's own: a `Channel` takes the connected socket over from it.
+"""
+
+import asyncio
+import math
+import re
+from collections import deque
+from typing import Any, Final, cast
+
+import hiredis
+import structlog
+from redis._parsers.base import BaseParser
+from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    InvalidResponse,
+    NoPermissionError,
+    RedisError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from autoflow_worker.errors import RedisUnavailableError
+
+log = structlog.get_logger(__name__)
+
+REPLY_PATIENCE: Final = 10.0
+"""Seconds without a single reply after which a connection counts as half-open and is dropped."""
+
+CONNECT_PATIENCE: Final = 5.0
+"""Seconds that a new command waits for a connection before it fails."""
+
+RETRY_PAUSE: Final = 0.05
+"""Seconds before the second attempt to connect; doubled from there on."""
+
+RETRY_PAUSE_MAX: Final = 1.0
+"""Seconds between two attempts to connect, at most."""
+
+# Redis 6 wraps what a script ran into; later servers answer with the code alone.
+_ERROR_CODE: Final = re.compile(r"(?:ERR Error running script .*?: -?)?([A-Z]+) ", re.DOTALL)
+# UNBLOCKED is what a blocked connection gets when its server becomes a replica.
+_WRONG_SERVER: Final = frozenset({"READONLY", "LOADING", "MASTERDOWN", "NOAUTH", "UNBLOCKED"})
+_UNABLE_SERVER: Final = frozenset(
+    {"MISCONF", "OOM", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "UNKILLABLE"}
+)
+_REFUSALS: Final = (AuthenticationError, AuthorizationError, NoPermissionError)
+_INCOMPLETE: Final = object()
+
+
+class ServerNotReadyError(RedisConnectionError):
+    """The server answered that it can't serve commands now; nothing was executed."""
+
+
+class WrongServerError(ServerNotReadyError):
+    """The server is a replica, or is loading: a new connection may reach one that serves."""
+
+
+class Channel:
+    """One connection on which commands are pipelined, and which reconnects for ever.
+
+    A caller that is cancelled leaves its place in the row of replies, so its neighbours' replies
+    are never shifted. What was in flight when the connection broke fails with redis-py's
+    `ConnectionError`: nobody can know whether it was executed, so the caller has to ask.
+
+    Attributes:
+        client_id: the server's id of this connection, for CLIENT UNBLOCK.
+        restored_at: event loop time of the end of the last outage; -inf if there was none.
+        died: done, with an exception, if reconnecting itself broke (a bug, not an outage).
+    """
+
+    def __init__(self, pool: ConnectionPool, client_name: str | None, *, quiet: bool) -> None:
+        self._pool = pool
+        self._client_name = client_name
+        self._log = log.debug if quiet else log.warning
+        self._loop = asyncio.get_running_loop()
+        self._link: _Link | None = None
+        self._outbox: list[bytes] = []
+        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._connected = asyncio.Event()
+        self._connector: asyncio.Task[None] | None = None
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._silent_since = 0.0
+        self._patience = REPLY_PATIENCE
+        self._closing = False
+        self._misled = False
+        self.client_id = 0
+        self.restored_at = -math.inf
+        self.died: asyncio.Future[None] = self._loop.create_future()
+
+    async def open(self, timeout: float) -> None:
+        """Connect for the first time.
+
+        Args:
+            timeout: seconds to keep trying.
+
+        Raises:
+            RedisUnavailableError: the server was not reached in time, or refuses the credentials.
+        """
+        deadline = self._loop.time() + timeout
+        pause = RETRY_PAUSE
+        while True:
+            try:
+                await self._connect()
+            except _REFUSALS as error:
+                raise RedisUnavailableError(f"Redis refuses the connection: {error}") from error
+            except (RedisError, OSError) as error:
+                if self._loop.time() + pause > deadline:
+                    raise RedisUnavailableError(
+                        f"Redis can't be reached within {timeout:g} s: {error}"
+                    ) from error
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, RETRY_PAUSE_MAX)
+            else:
+                return
+
+    async def close(self) -> None:
+        """Close the connection; what is in flight fails. May be called twice."""
+        self._closing = True
+        if self._connector is not None:
+            self._connector.cancel()
+            await asyncio.wait({self._connector})
+        self._drop(RedisConnectionError("the Redis client is closed"))
+        self.died.cancel()
+
+    @property
+    def is_connected(self) -> bool:
+        return self._link is not None
+
+    async def connected(self) -> None:
+        """Wait until there is a connection, however long it takes."""
+        await self._connected.wait()
+
+    async def execute(self, args: tuple[Any, ...], *, patience: float = REPLY_PATIENCE) -> Any:
+        """Send one command and wait for its reply.
+
+        Args:
+            patience: seconds of silence after which the connection counts as half-open; the
+                command's own blocking time comes on top of `REPLY_PATIENCE`.
+
+        Raises:
+            redis.exceptions.ConnectionError: there is no connection, or it broke before the reply.
+            redis.exceptions.ResponseError: the server's own error.
+        """
+        while self._link is None:
+            await self._await_connection()
+        packed = _pack(args)
+        if not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox.append(packed)
+        if not self._waiting:
+            self._silent_since = self._loop.time()
+            self._patience = patience
+        reply: asyncio.Future[Any] = self._loop.create_future()
+        self._waiting.append(reply)
+        return await reply
+
+    async def _await_connection(self) -> None:
+        if self._closing:
+            raise RedisConnectionError("the Redis client is closed")
+        try:
+            async with asyncio.timeout(CONNECT_PATIENCE):
+                await self._connected.wait()
+        except TimeoutError:
+            raise RedisConnectionError(f"no connection to Redis for {CONNECT_PATIENCE} s") from None
+
+    def _flush(self) -> None:
+        if self._link is None or not self._outbox:
+            return
+        if self._link.transport.is_closing():
+            return  # `on_lost` is on its way, and uvloop raises at a write.
+        self._link.transport.write(b"".join(self._outbox))
+        self._outbox.clear()
+        if self._watchdog is None:
+            self._watchdog = self._loop.call_later(1.0, self._watch)
+
+    def _watch(self) -> None:
+        self._watchdog = None
+        if not self._waiting:
+            return
+        if self._loop.time() - self._silent_since > self._patience:
+            self._drop(RedisConnectionError(f"Redis gave no reply for {self._patience:g} s"))
+        else:
+            self._watchdog = self._loop.call_later(1.0, self._watch)
+
+    def on_reply(self, reply: Any) -> None:
+        """Give the next reply to the caller that has waited longest."""
+        self._silent_since = self._loop.time()
+        if not self._waiting:
+            self._drop(RedisConnectionError("Redis sent a reply that nobody asked for"))
+            return
+        future = self._waiting.popleft()
+        if not isinstance(reply, Exception):
+            if not future.done():
+                future.set_result(reply)
+            return
+        if not future.done():
+            future.set_exception(reply)
+        if isinstance(reply, WrongServerError):
+            self._drop(reply)
+
+    def on_lost(self, link: "_Link", reason: str) -> None:
+        """The connection broke, or what came over it made no sense."""
+        if link is self._link:
+            self._drop(RedisConnectionError(f"the connection to Redis was lost: {reason}"))
+
+    def _drop(self, reason: RedisConnectionError) -> None:
+        """Forget the connection, fail what was in flight, and start to reconnect."""
+        link, self._link = self._link, None
+        if link is None:
+            return
+        self._connected.clear()
+        link.abort()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        self._outbox.clear()
+        waiting, self._waiting = self._waiting, deque()
+        for future in waiting:
+            if not future.done():
+                future.set_exception(RedisConnectionError(str(reason)))
+        if not self._closing:
+            self._log("redis_connection_lost", reason=str(reason))
+            # A server that answers at once, but wrongly, must not be asked in a tight loop.
+            self._misled = isinstance(reason, WrongServerError)
+            pause = RETRY_PAUSE_MAX / 2 if self._misled else 0.0
+            self._connector = self._loop.create_task(self._reconnect(pause))
+            self._connector.add_done_callback(self._note_end)
+
+    async def _reconnect(self, pause: float) -> None:
+        lost_at = self._loop.time()
+        refused = False
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                await self._connect()
+            except (RedisError, OSError) as error:
+                if isinstance(error, _REFUSALS) and not refused:
+                    refused = True
+                    self._log("redis_connection_refused", reason=str(error))
+                pause = min(max(pause * 2, RETRY_PAUSE), RETRY_PAUSE_MAX)
+            else:
+                self.restored_at = self._loop.time()
+                away = round(self.restored_at - lost_at, 1)
+                self._log("redis_connection_restored", after_s=away)
+                return
+
+    def _note_end(self, connector: asyncio.Task[None]) -> None:
+        if self._closing or self.died.done():
+            return
+        if connector.cancelled():
+            self.died.cancel()
+        elif error := connector.exception():
+            self.died.set_exception(error)
+
+    async def _connect(self) -> None:
+        """Let redis-py connect and authenticate, then take the socket over from it."""
+        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        connection.client_name = self._client_name
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call]
+            # A server that is loading accepts connections and refuses everything else.
+            await connection.send_command("PING")
+            await connection.read_response()
+            if self._misled:
+                await _refuse_replica(connection)
+            self.client_id = await _id_of(connection)
+            self._link = _Link(connection, self)
+        except BaseException as error:
+            connection._close()  # type: ignore[no-untyped-call]
+            if isinstance(error, RuntimeError) and "the handler is closed" in str(error):
+                # uvloop's word for a socket that the server has closed before the next write.
+                raise RedisConnectionError("the connection was lost while connecting") from error
+            raise
+        self._connected.set()
+
+
+class _Link(asyncio.Protocol):
+    """One connected socket of a `Channel`: bytes in, replies out."""
+
+    def __init__(self, connection: AbstractConnection, channel: Channel) -> None:
+        writer = connection._writer
+        if writer is None or writer.transport.is_closing():
+            raise RedisConnectionError("the connection to Redis was lost while connecting")
+        self._connection = connection
+        self._channel = channel
+        self._parser = hiredis.Reader(
+            protocolError=InvalidResponse,
+            replyError=_reply_error,
+            encoding="utf-8",
+            errors="surrogateescape",
+            notEnoughData=_INCOMPLETE,
+        )
+        self.transport = cast(asyncio.Transport, writer.transport)
+        self.transport.set_protocol(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed(data)
+        try:
+            while (reply := self._parser.gets()) is not _INCOMPLETE:
+                self._channel.on_reply(reply)
+        except InvalidResponse as error:
+            self._channel.on_lost(self, f"not the Redis protocol: {error}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._channel.on_lost(self, str(exc or "closed by the server"))
+
+    def abort(self) -> None:
+        self.transport.abort()
+        self._connection._writer = self._connection._reader = None
+
+
+async def _id_of(connection: AbstractConnection) -> int:
+    await connection.send_command("CLIENT", "ID")
+    client_id = await connection.read_response()
+    if not isinstance(client_id, int):
+        raise InvalidResponse(f"this is no Redis server: its client's id is {client_id!r}")
+    return client_id
+
+
+async def _refuse_replica(connection: AbstractConnection) -> None:
+    """Raise `WrongServerError` if this is a replica: a connection to it brings only errors.
+
+    Asked only where a server has sent us away before: it takes a round trip.
+    """
+    await connection.send_command("INFO", "replication")
+    try:
+        role = str(await connection.read_response())
+    except NoPermissionError:
+        return
+    if "role:slave" in role:
+        raise WrongServerError("the server is a replica")
+
+
+def _reply_error(text: str) -> Exception:
+    """The exception for an error reply; what another server or time could mend is told apart."""
+    match = _ERROR_CODE.match(text)
+    code = match.group(1) if match else ""
+    if code in _WRONG_SERVER:
+        return WrongServerError(text)
+    if code in _UNABLE_SERVER:
+        return ServerNotReadyError(text)
+    return cast(Exception, BaseParser.parse_error(text))  # type: ignore[no-untyped-call]
+
+
+def _pack(args: tuple[Any, ...]) -> bytes:
+    """Encode one command; text that came in as bytes outside UTF-8 leaves as it came."""
+    if " " in args[0]:  # "SCRIPT LOAD" and the like, as redis-py names them
+        args = (*args[0].split(), *args[1:])
+    try:
+        return bytes(hiredis.pack_command(args))
+    except UnicodeEncodeError:
+        encoded: list[Any] = [
+            arg.encode(errors="surrogateescape") if isinstance(arg, str) else arg for arg in args
+        ]
+        return bytes(hiredis.pack_command(tuple(encoded)))
