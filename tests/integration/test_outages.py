@@ -281,12 +281,12 @@ async def test_what_was_due_during_an_outage(scene: Scene) -> None:
     scene.worker_options = {"drainDelay": 60}
     async with scene.work():
         await scene.add("fails", payload={"failures": 1}, attempts=2, backoff=400)
-        await scene.add("delayed", delay=400)
+        await scene.add("is-delayed", delay=400)
         await scene.db.until_status("fails", "delayed")
         async with killed(scene):
             await pass_time(0.5)
-        await scene.until_completed("fails", "delayed")
-    assert scene.runs == {"fails": 2, "delayed": 1}
+        await scene.until_completed("fails", "is-delayed")
+    assert scene.runs == {"fails": 2, "is-delayed": 1}
 
 
 async def test_an_outage_longer_than_the_locks(scene: Scene) -> None:
