@@ -3,7 +3,7 @@
 import asyncio
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +14,16 @@ import pytest
 from redis.asyncio import Redis
 
 from autoflow_worker import TaskContext, TaskOptions, define_task, recorder
+from autoflow_worker.embedded import EmbeddedPostgres
 from autoflow_worker.errors import DatabaseUnavailableError
 from tests.support.agreement import bull_jobs, differences
-from tests.support.database import Connection, Database, new_task_id
+from tests.support.database import (
+    Connection,
+    Database,
+    check_rows,
+    new_task_id,
+    reset_database,
+)
 from tests.support.node import Node, Scheduled
 from tests.support.process import WorkerStarter
 from tests.support.running import Running, running
@@ -124,9 +131,29 @@ class Scene:
         assert Counter(row["status"] for row in rows.values()) == expected
 
 
+@pytest.fixture(scope="module")
+def module_postgres() -> Iterator[OwnServer]:
+    """One server for this module's tests: each leaves it whole, and starting one takes long."""
+    server = EmbeddedPostgres()
+    server.start()
+    yield OwnServer(server)
+    server.close()
+
+
+@pytest.fixture
+async def postgres(module_postgres: OwnServer) -> AsyncIterator[OwnServer]:
+    """A server with an empty tasks table, which the test may break."""
+    server = module_postgres
+    await reset_database(server.url)
+    yield server
+    if not server.server.running:
+        await server.start()
+    await check_rows(server.url)
+
+
 @pytest.fixture
 async def scene(  # noqa: PLR0917 - fixtures
-    own_postgres: OwnServer,
+    postgres: OwnServer,
     node5: Node,
     redis: Redis,
     prefix: str,
@@ -135,7 +162,7 @@ async def scene(  # noqa: PLR0917 - fixtures
 ) -> Scene:
     # Starts go on after a second here, so that a test sees it happen.
     monkeypatch.setattr(recorder, "START_PATIENCE", 0.2)
-    scene = Scene(own_postgres, node5, redis, prefix, redis_url)
+    scene = Scene(postgres, node5, redis, prefix, redis_url)
     scene.gate.set()
     return scene
 
@@ -149,15 +176,19 @@ Breaking = Callable[[Scene], AbstractAsyncContextManager[None]]
 @asynccontextmanager
 async def stopped(scene: Scene) -> AsyncIterator[None]:
     await scene.postgres.stop()
-    yield
-    await scene.postgres.start()
+    try:
+        yield
+    finally:
+        await scene.postgres.start()
 
 
 @asynccontextmanager
 async def killed(scene: Scene) -> AsyncIterator[None]:
     await scene.postgres.kill()
-    yield
-    await scene.postgres.start()
+    try:
+        yield
+    finally:
+        await scene.postgres.start()
 
 
 @asynccontextmanager
@@ -175,9 +206,11 @@ async def read_only(scene: Scene) -> AsyncIterator[None]:
     async with database(scene.postgres) as db:
         await db.execute("ALTER SYSTEM SET default_transaction_read_only = on")
         await db.execute("SELECT pg_reload_conf()")
-        yield
-        await db.execute("ALTER SYSTEM RESET default_transaction_read_only")
-        await db.execute("SELECT pg_reload_conf()")
+        try:
+            yield
+        finally:
+            await db.execute("ALTER SYSTEM RESET default_transaction_read_only")
+            await db.execute("SELECT pg_reload_conf()")
 
 
 @asynccontextmanager
@@ -323,11 +356,19 @@ async def test_broken_under_load(
     await scene.check(count)
 
 
+async def url_of_worker(db: Database) -> str:
+    """The database's URL for a user of its own, who may do no more than needed."""
+    [(exists,)] = await db.fetch("SELECT count(*) FROM pg_roles WHERE rolname = 'worker'")
+    if not exists:
+        await db.execute("CREATE ROLE worker LOGIN")
+    await db.execute("GRANT USAGE ON SCHEMA public TO worker")
+    await db.execute("GRANT SELECT, INSERT, UPDATE ON tasks TO worker")
+    return db.url.replace("postgres@", "worker@")
+
+
 async def test_too_many_connections(scene: Scene) -> None:
     async with database(scene.postgres) as db:
-        await db.execute("CREATE ROLE worker LOGIN; GRANT USAGE ON SCHEMA public TO worker")
-        await db.execute("GRANT ALL ON tasks TO worker")
-        url = scene.postgres.url.replace("postgres@", "worker@")
+        url = await url_of_worker(db)
         await scene.schedule(200)
         async with scene.worker(database_url=url):
             await scene.until_finished(20)
@@ -347,15 +388,13 @@ async def ended_connections_of(db: Database, role: str) -> None:
 
 async def test_privileges_that_are_taken_away_for_a_while(scene: Scene) -> None:
     async with database(scene.postgres) as db:
-        await db.execute("CREATE ROLE worker LOGIN; GRANT USAGE ON SCHEMA public TO worker")
-        await db.execute("GRANT ALL ON tasks TO worker")
-        url = scene.postgres.url.replace("postgres@", "worker@")
+        url = await url_of_worker(db)
         await scene.schedule(200)
         async with scene.worker(database_url=url):
             await scene.until_finished(20)
             await db.execute("REVOKE ALL ON tasks FROM worker")
             await scene.until_stuck()
-            await db.execute("GRANT ALL ON tasks TO worker")
+            await url_of_worker(db)
             await scene.until_finished(200)
     await scene.check(200)
 
@@ -390,9 +429,9 @@ async def test_a_start_gives_up_in_time(scene: Scene, way: str) -> None:
 
 
 @pytest.fixture
-async def guarded(own_postgres: OwnServer) -> OwnServer:
+async def guarded(postgres: OwnServer) -> OwnServer:
     """A server that asks a user `guarded` for a password, and lets `stranger` in nowhere."""
-    async with database(own_postgres) as db:
+    async with database(postgres) as db:
         await db.execute("CREATE ROLE guarded LOGIN PASSWORD 'right'; CREATE ROLE stranger LOGIN")
         [(path,)] = await db.fetch("SHOW hba_file")
         rules = "host all guarded all scram-sha-256\nhost all stranger all reject\n"
@@ -401,7 +440,7 @@ async def guarded(own_postgres: OwnServer) -> OwnServer:
         with open(path, "w") as file:  # noqa: ASYNC230, PTH123 - a small local file
             file.write(rules + before)
         await db.execute("SELECT pg_reload_conf()")
-    return own_postgres
+    return postgres
 
 
 REFUSALS = [
@@ -440,10 +479,10 @@ TASKS = """
 
 
 async def test_the_process_exits_with_3_when_it_stays_away(
-    own_postgres: OwnServer, worker_process: WorkerStarter
+    postgres: OwnServer, worker_process: WorkerStarter
 ) -> None:
-    await own_postgres.stop()
-    worker = worker_process(TASKS, DATABASE_URL=own_postgres.url, WORKER_STARTUP_TIMEOUT="0.5")
+    await postgres.stop()
+    worker = worker_process(TASKS, DATABASE_URL=postgres.url, WORKER_STARTUP_TIMEOUT="0.5")
     assert await worker.wait() == 3
     assert "PostgreSQL can't be reached within 0.5 s" in worker.stderr
     assert "Traceback" not in worker.stderr
