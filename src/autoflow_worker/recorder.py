@@ -17,7 +17,7 @@ import structlog
 
 from autoflow_worker.errors import PartDiedError
 from autoflow_worker.masking import mask_secrets
-from autoflow_worker.recorder_lane import MAX_BATCH, Lane
+from autoflow_worker.recorder_lane import MAX_BATCH, SLOW_BATCH, Lane
 from autoflow_worker.writes import Write
 
 log = structlog.get_logger(__name__)
@@ -37,7 +37,8 @@ class StatusRecorder:
 
     Args:
         url: libpq's connection URL.
-        max_connections: connections at most; one serves until more than `MAX_BATCH` patches wait.
+        max_connections: connections at most; one serves until more than `MAX_BATCH` patches wait,
+            or some wait for a batch that takes longer than `SLOW_BATCH`.
     """
 
     def __init__(self, url: str, *, max_connections: int = 1) -> None:
@@ -45,6 +46,7 @@ class StatusRecorder:
         self._waiting: deque[Write] = deque()
         self._postponed: set[Write] = set()
         self._patrol: asyncio.TimerHandle | None = None
+        self._helping: asyncio.TimerHandle | None = None
         self._outage_since: float | None = None
         self._closed = False
 
@@ -72,8 +74,9 @@ class StatusRecorder:
         if left:
             log.error("writes_given_up", rows=[write.row_id for write in left][:20])
         self._waiting.clear()
-        if self._patrol is not None:
-            self._patrol.cancel()
+        for timer in (self._patrol, self._helping):
+            if timer is not None:
+                timer.cancel()
         await asyncio.gather(*(lane.close() for lane in self._lanes))
 
     def deaths(self) -> list[asyncio.Task[None]]:
@@ -134,13 +137,28 @@ class StatusRecorder:
         """Set the lanes to work, if there is some."""
         if not self._waiting:
             return
-        # The first lane takes what there is; the others help when a batch is full.
-        for lane in self._lanes:
+        # The first lane takes what there is; the others help when a batch is full, or slow.
+        for index, lane in enumerate(self._lanes):
             if lane.idle.is_set():
-                lane.wake()
+                lane.wake(1 if index == 0 else MAX_BATCH)
                 return
             if len(self._waiting) < MAX_BATCH:
-                return
+                break
+        if self._helping is None and not self._closed:
+            self._helping = asyncio.get_running_loop().call_later(SLOW_BATCH, self._help)
+
+    def _help(self) -> None:
+        """Set one more lane to work if all that work are at slow batches, and others wait."""
+        self._helping = None
+        if not self._waiting or self._outage_since is not None:
+            return
+        loop = asyncio.get_running_loop()
+        working = [lane for lane in self._lanes if not lane.idle.is_set()]
+        idle = [lane for lane in self._lanes if lane.idle.is_set()]
+        if idle and all(loop.time() - lane.began_at >= SLOW_BATCH for lane in working):
+            idle[0].wake()
+        if idle:
+            self._helping = loop.call_later(SLOW_BATCH, self._help)
 
     def _outstanding(self) -> list[Write]:
         taken = [write for lane in self._lanes for write in lane.batch]

@@ -38,6 +38,9 @@ log = structlog.get_logger(__name__)
 MAX_BATCH: Final = 500
 """Patches in one statement, at most. A further connection is used when more than that wait."""
 
+SLOW_BATCH: Final = 0.02
+"""Seconds after which a batch counts as slow, by its rows' size or a lock: others needn't wait."""
+
 RETRY_PAUSE: Final = 0.1
 """Seconds before the second retry of a failed batch (the first is at once); doubled from there."""
 
@@ -82,6 +85,8 @@ class Lane:
         self.idle = asyncio.Event()
         self.idle.set()
         self.batch: list[Write] = []
+        self.began_at = 0.0
+        self._at_least = 1
         self.task: asyncio.Task[None] | None = None
 
     async def open(self, timeout: float) -> None:
@@ -124,7 +129,9 @@ class Lane:
             self._run(), name=f"status recorder {self._index}"
         )
 
-    def wake(self) -> None:
+    def wake(self, at_least: int = 1) -> None:
+        """Let an idle lane write a batch, if so many writes wait by then."""
+        self._at_least = at_least
         self.idle.clear()
         self._work.set()
 
@@ -160,14 +167,29 @@ class Lane:
             self._work.clear()
             # One turn of the loop lets everything that is ready now into the same batch.
             await asyncio.sleep(0)
-            while batch := self._source.take(1 if self._index == 0 else MAX_BATCH):
-                self.batch = batch
-                await self._commit()
-                self.batch = []
+            if self._index == 0 or await self._can_help():
+                await self._work_off()
             self.idle.set()
             if self._index > 0:
                 # What had to wait for a row in this lane's batch, the first lane can take now.
                 self._source.wake_lanes()
+
+    async def _can_help(self) -> bool:
+        """Connect before taking anything: it would wait here while another lane could write it."""
+        try:
+            await self.connection()
+        except (psycopg.Error, OSError):
+            await asyncio.sleep(RETRY_PAUSE_MAX)
+            return False
+        return True
+
+    async def _work_off(self) -> None:
+        while batch := self._source.take(self._at_least):
+            self.batch = batch
+            self.began_at = asyncio.get_running_loop().time()
+            await self._commit()
+            self.batch = []
+            self._at_least = 1 if self._index == 0 else MAX_BATCH
 
     async def _commit(self) -> None:
         """Write the batch, however often it takes."""
