@@ -655,7 +655,7 @@ async def test_17_a_marker_that_is_taken_while_closing_is_put_back(stage: Stage)
             job = await stage.ours.add("ours", {})
             await wait.sprung.wait()
             running_worker.stopping.set()
-            await until(lambda: all(w._stopping for w in running_worker.service._workers))
+            await until(lambda: all(w._fetcher.stopping for w in running_worker.service._workers))
             wait.release()
             assert await running_worker.stop() == 0
     assert stage.ended == []
