@@ -153,7 +153,9 @@ def compare(
     result: Round, rows: Mapping[str, Row], jobs: Mapping[str, BullJob], cases: Mapping[str, str]
 ) -> None:
     """Note what is wrong, and how late the statuses of the jobs are that are not hostile."""
-    result.faults += differences(rows, jobs)
+    for fault in differences(rows, jobs):
+        case = cases.get(fault.split(":")[0], "not hostile")
+        result.faults.append(f"{case}, {fault}")
     for task_id, row in rows.items():
         case = cases.get(task_id, "")
         wanted = "failed" if case in FAILING or case in POISON else "completed"
@@ -176,7 +178,7 @@ async def measure(count: int, rounds: int, kinds: Sequence[str], folder: Path) -
     """Run the jobs without and with hostile ones, in turns."""
     results = []
     async with (
-        own_servers(random.Random()) as servers,
+        own_servers(random.Random(), appendonly=False) as servers,
         Node(5, servers.redis.url, PREFIX) as node,
     ):
         for number in range(2 * rounds):

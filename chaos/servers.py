@@ -96,9 +96,13 @@ class Servers:
 
 
 @asynccontextmanager
-async def own_servers(rng: random.Random) -> AsyncIterator[Servers]:
-    """Run both servers for the length of a block, with an empty tasks table."""
-    redis = await own_redis_server()
+async def own_servers(rng: random.Random, *, appendonly: bool = True) -> AsyncIterator[Servers]:
+    """Run both servers for the length of a block, with an empty tasks table.
+
+    Args:
+        appendonly: Redis keeps its data over a kill; each write waits for the disk.
+    """
+    redis = await own_redis_server(appendonly=appendonly)
     try:
         postgres = await own_postgres_server()
         try:
