@@ -8,85 +8,44 @@ job in the same round trip.
 
 import asyncio
 import base64
-import enum
 import json
 import math
-import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 from bullmq import Job, Worker
 from bullmq.error_code import ErrorCode
 from bullmq.scripts import raw2NextJobData
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
+from autoflow_worker.claim import (
+    ChildrenLeftError,
+    Claim,
+    Hold,
+    LockLostError,
+    MalformedJobError,
+    Reply,
+    is_utf8,
+    read_claim,
+)
 from autoflow_worker.completion import CompletionArguments
+from autoflow_worker.queue_scripts import BURY, HELD, HOLD, PUT_MARKER
 from autoflow_worker.redis_channel import REPLY_PATIENCE, Channel
 from autoflow_worker.redis_client import PipelinedRedis
 from autoflow_worker.storable import dump
 
+OUTAGE_PAUSE: Final = 0.05
+"""Seconds before Redis is asked again after it failed; doubled up to `OUTAGE_PAUSE_MAX`."""
+
+OUTAGE_PAUSE_MAX: Final = 1.0
+
 MAX_STACKTRACES: Final = 20
 """Stack traces kept on a job, at most; the option `stackTraceLimit` may ask for fewer."""
 
-# Is the job still ours? A lock that has expired is taken again if nobody has claimed the job since:
-# `ats` counts the claims. Otherwise a pause of Redis would run again whatever ran then.
-_HOLD: Final = """
-local lock = redis.call('GET', KEYS[1])
-if lock and lock ~= ARGV[1] then return 'lost' end
-if not lock then
-  if redis.call('EXISTS', KEYS[2]) == 0 then return 'gone' end
-  if redis.call('HGET', KEYS[2], 'ats') ~= ARGV[3] then return 'lost' end
-  if not redis.call('LPOS', KEYS[3], ARGV[2]) then return 'lost' end
-end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[4])
-redis.call('SREM', KEYS[4], ARGV[2])
-return 'ours'
-"""
-
-# Jobs in `active` whose lock begins with ARGV[1]: claimed by us, whatever became of the reply.
-_HELD: Final = """
-local held = {}
-for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, -1)) do
-  local lock = redis.call('GET', ARGV[2] .. id .. ':lock')
-  if lock and string.sub(lock, 1, #ARGV[1]) == ARGV[1] then
-    local fields = redis.pcall('HGETALL', ARGV[2] .. id)
-    held[#held + 1] = {id, lock, fields.err and {} or fields}
-  end
-end
-return held
-"""
-
-# The last resort for a job on which BullMQ's own script breaks: take it out of `active`, into
-# `failed`, with its reason, whatever its other fields hold, and be it no hash at all.
-_BURY: Final = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
-redis.call('SREM', KEYS[4], ARGV[2])
-redis.call('LREM', KEYS[3], 0, ARGV[2])
-redis.call('ZADD', KEYS[5], ARGV[4], ARGV[2])
-redis.pcall('HSET', KEYS[2], 'failedReason', ARGV[3], 'finishedOn', ARGV[4])
-redis.pcall('HDEL', KEYS[2], 'defa')
-if type(redis.pcall('HINCRBY', KEYS[2], 'atm', 1)) == 'table' then
-  redis.pcall('HSET', KEYS[2], 'atm', 1)
-end
-redis.call('XADD', KEYS[6], '*', 'event', 'failed', 'jobId', ARGV[2], 'failedReason', ARGV[3],
-  'prev', 'active')
-return 1
-"""
-
-_PUT_MARKER: Final = """
-local left = redis.call('LLEN', KEYS[2]) + redis.call('ZCARD', KEYS[3])
-if left + redis.call('ZCARD', KEYS[4]) > 0 then
-  redis.call('ZADD', KEYS[1], 0, '0')
-end
-"""
-
 # How a job scheduler repeats.
 _REPEAT: Final = ("every", "pattern", "tz", "limit", "offset", "startDate", "endDate")
-
-# Numbers as JavaScript prints them, other than plain digits.
-_NUMBER: Final = re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?(e\+[0-9]{1,2})?")
 
 _LOST: Final = frozenset(
     {
@@ -98,76 +57,7 @@ _LOST: Final = frozenset(
 )
 
 
-class Hold(enum.Enum):
-    """Whose a job is that was claimed here."""
-
-    OURS = "ours"
-    LOST = "lost"  # finished, moved, or claimed by another worker
-    GONE = "gone"  # Redis knows it no more, so nobody else will ever tell its end
-
-
-class LockLostError(Exception):
-    """The job is not this worker's any more."""
-
-
-class ChildrenLeftError(Exception):
-    """The job can't be completed: it has children that are unfinished or have failed."""
-
-
-class MalformedJobError(Exception):
-    """BullMQ's script can't work with what the job's fields hold."""
-
-
-@dataclass(slots=True, eq=False)
-class Claim:
-    """A job that this worker holds.
-
-    Attributes:
-        job: bullmq's `Job`; of a malformed one, only what could be read.
-        token: what the lock in Redis holds.
-        locked_until: event loop time up to which the lock is surely ours.
-        malformed: why the job's fields could not be read; None as a rule.
-    """
-
-    job: Job
-    token: str
-    locked_until: float
-    malformed: str | None = None
-
-    @property
-    def id(self) -> str:
-        return str(self.job.id)
-
-    @property
-    def attempt(self) -> int:
-        """The number of this attempt, from 1; a counter that is none counts from there."""
-        return min(max(int(self.job.attemptsMade), 0), 2**53 - 2) + 1
-
-    @property
-    def claimed_ms(self) -> int:
-        """When it was claimed, in epoch ms by the claimer's clock; BullMQ's `processedOn`."""
-        return int(self.job.processedOn)
-
-    @property
-    def max_attempts(self) -> int:
-        return int(self.job.attempts)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a fetch, or an acknowledgement that fetched, brought.
-
-    Attributes:
-        claim: the next job, if there was one.
-        fetched: whether the queue was asked for one, so that the rest says something.
-        limited_ms: the rate limit ends in so many ms; 0: there is none.
-        delayed_until: epoch ms at which the next delayed job is due; 0: there is none.
-    """
-
-    claim: Claim | None = None
-    fetched: bool = False
-    limited_ms: int = 0
-    delayed_until: int = 0
+T = TypeVar("T")
 
 
 class JobQueue:
@@ -191,10 +81,10 @@ class JobQueue:
         self._base = str(self._worker.keys[""])
         self._completion_arguments = CompletionArguments(self._worker.keys, self._worker.opts)
         self._blocking: Channel | None = None
-        self._hold = redis.register_script(_HOLD)
-        self._held = redis.register_script(_HELD)
-        self._bury = redis.register_script(_BURY)
-        self._put_marker = redis.register_script(_PUT_MARKER)
+        self._hold = redis.register_script(HOLD)
+        self._held = redis.register_script(HELD)
+        self._bury = redis.register_script(BURY)
+        self._put_marker = redis.register_script(PUT_MARKER)
 
     async def open(self, timeout: float) -> None:
         """Open the queue's own connection, named so that Node's `getWorkers()` sees the worker.
@@ -274,27 +164,7 @@ class JobQueue:
         return Reply(claim, True, int(limited_ms or 0), int(delayed_until or 0))
 
     def _claim(self, fields: Mapping[str, str], job_id: str, token: str, asked_at: float) -> Claim:
-        malformed = None
-        try:
-            job = Job.fromJSON(self._worker, _with_whole_numbers(fields), job_id)
-            _check_fields(fields, job)
-        except MalformedJobError as error:
-            malformed = f"the job can't be read: {error}"
-            job = self._stand_in(fields, job_id)
-        except Exception as error:
-            # Whatever the fields hold, the job is claimed: it has to end, and in words.
-            malformed = f"the job can't be read: {type(error).__name__}: {error}"
-            job = self._stand_in(fields, job_id)
-        job.token = token
-        return Claim(job, token, asked_at + self.lock_ms / 1000, malformed)
-
-    def _stand_in(self, fields: Mapping[str, str], job_id: str) -> Job:
-        job = Job(self._worker, fields.get("name") or self.name, {}, {"attempts": 1}, job_id)
-        job.attemptsMade = _whole(fields.get("atm"))
-        job.attemptsStarted = _whole(fields.get("ats"))
-        job.repeatJobKey = fields.get("rjk")
-        job.timestamp = _whole(fields.get("timestamp"))
-        return job
+        return read_claim(self._worker, fields, job_id, token, asked_at + self.lock_ms / 1000)
 
     async def advance_scheduler(self, claim: Claim) -> None:
         """Let the job scheduler that produced this job produce its next one.
@@ -331,7 +201,7 @@ class JobQueue:
         """
         until = self._now() + self.lock_ms / 1000
         # BullMQ packs ids as UTF-8, and would refuse all of them for one that is not.
-        ids = {claim.id: claim.token for claim in claims if _is_utf8(claim.id)}
+        ids = {claim.id: claim.token for claim in claims if is_utf8(claim.id)}
         failed: set[str] = set()
         if ids:
             failed.update(
@@ -367,6 +237,35 @@ class JobQueue:
     async def connected(self) -> None:
         """Wait until Redis is there, however long it takes."""
         await self._redis.connected()
+
+    async def insist(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask Redis, over every outage, for something that may be asked twice."""
+        pause = OUTAGE_PAUSE
+        while True:
+            try:
+                return await ask()
+            except RedisConnectionError:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, OUTAGE_PAUSE_MAX)
+                await self.connected()
+
+    async def make_sure_of(self, claim: Claim, *, ask: bool = False) -> None:
+        """Ask Redis, over every outage, whose the job is, if its lock may have expired.
+
+        Args:
+            ask: also if it surely has not.
+
+        Raises:
+            LockLostError: another worker has it; nothing may be recorded for this attempt.
+        """
+        if self._now() < claim.locked_until and not ask:
+            return
+        if await self.insist(lambda: self.holds(claim)) is Hold.LOST:
+            raise LockLostError("its lock expired, and another worker took the job over")
+
+    async def still_has(self, claim: Claim) -> bool:
+        """Whether the job still is ours, asked over every outage."""
+        return await self.insist(lambda: self.holds(claim)) is Hold.OURS
 
     @property
     def up_since(self) -> float:
@@ -506,52 +405,3 @@ def _failure_fields(job: Job, reason: str, stack_trace: str | None) -> dict[str,
     known = job.stacktrace if isinstance(job.stacktrace, list) else []
     traces = [*known, stack_trace or reason][-limit:] if limit > 0 else []
     return {"failedReason": reason, "stacktrace": json.dumps(traces)}
-
-
-def _check_fields(fields: Mapping[str, str], job: Job) -> None:
-    """Refuse what BullMQ's scripts would break on half-way, with the job in no list at all."""
-    if "name" not in fields:
-        raise MalformedJobError("its fields are gone from Redis")
-    if "parent" in fields and not isinstance(json.loads(fields["parent"]), dict):
-        raise MalformedJobError("its parent is no object")
-    for option in ("attempts", "stackTraceLimit"):
-        value = job.opts.get(option, 0)
-        if value is None:  # as JavaScript producers say that they say nothing
-            del job.opts[option]
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 2**53:
-            raise MalformedJobError(f"its option {option} is no number")
-    job.attempts = max(int(job.opts.get("attempts", 1)), 1)
-    for option in ("removeOnComplete", "removeOnFail"):
-        if not _says_what_to_keep(job.opts.get(option)):
-            raise MalformedJobError(f"its option {option} says nothing that can be followed")
-    if not _is_utf8(job.id):
-        raise MalformedJobError("its id is not UTF-8")
-
-
-def _says_what_to_keep(option: object) -> bool:
-    if isinstance(option, Mapping):
-        numbers = [option.get(key) for key in ("age", "count", "limit")]
-        return all(n is None or (isinstance(n, int | float) and abs(n) < 2**53) for n in numbers)
-    return option is None or (isinstance(option, int) and abs(option) < 2**53)
-
-
-def _is_utf8(text: str) -> bool:
-    # Bytes outside UTF-8 come from Redis as lone surrogates.
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def _with_whole_numbers(fields: Mapping[str, str]) -> Mapping[str, str]:
-    """The fields without the fractions that JavaScript lets pass in times and priorities."""
-    for name in ("timestamp", "delay", "priority"):
-        text = fields.get(name, "0")
-        if not text.isdigit() and _NUMBER.fullmatch(text):
-            fields = {**fields, name: str(int(float(text)))}
-    return fields
-
-
-def _whole(text: str | None) -> int:
-    try:
-        return int(text or 0)
-    except ValueError:
-        return 0

@@ -220,7 +220,7 @@ async def test_a_stop_while_blocked_strands_no_job_that_comes_just_then(
 
 async def _until_idle(worker: Running) -> None:
     [task_worker] = worker.service._workers
-    await until(lambda: task_worker._drained)
+    await until(lambda: task_worker._fetcher._drained)
 
 
 # -- handing back --------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ async def test_a_second_signal_hands_back_long_before_the_deadline(
         job_id = await api.schedule(QUEUE)
         await db.until_status(job_id, "active")
         worker.stopping.set()
-        await until(lambda: all(part._stopping for part in worker.service._workers))
+        await until(lambda: all(part._fetcher.stopping for part in worker.service._workers))
         worker.aborting.set()
         assert await bounded_stop(worker) == EXIT_HANDED_BACK
     await queue.assert_nothing_is_stranded()

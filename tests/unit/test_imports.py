@@ -18,8 +18,8 @@ ORDER = """
     digits cleaning storable failure record
     execution retry
     writes row_statements recorder_lane recorder database
-    redis_channel redis_client fitness completion job_queue
-    job_history task_worker
+    redis_channel redis_client fitness queue_scripts claim completion job_queue
+    fetcher keepers job_history job_run task_worker
     new_rows scheduler
     signals service
     postgres_cluster embedded check reconcile dev demo_kinds demo_jobs demo_display demo
@@ -43,7 +43,7 @@ DRIVERS = {
     },
     # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker;
     # reconcile and demo_jobs read states.
-    "bullmq": {"task", "job_queue", "scheduler", "reconcile", "demo_jobs"},
+    "bullmq": {"task", "claim", "job_queue", "scheduler", "reconcile", "demo_jobs"},
     "hiredis": {"redis_channel"},
     "watchfiles": {"dev"},
     "rich": {"demo_display"},

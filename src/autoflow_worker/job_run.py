@@ -1,0 +1,280 @@
+"""One job's way through the worker: start, run, record, acknowledge.
+
+The order is the promise: the row's terminal status is committed first, then BullMQ is told. A crash
+in between runs the job again, and never leaves a row that lies.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Final
+from uuid import uuid4
+
+import structlog
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from autoflow_worker import record
+from autoflow_worker.claim import (
+    ChildrenLeftError,
+    Claim,
+    LockLostError,
+    MalformedJobError,
+    Reply,
+)
+from autoflow_worker.errors import NotStorableError, PayloadError
+from autoflow_worker.execution import Outcome, execute
+from autoflow_worker.failpoints import failpoint
+from autoflow_worker.fetcher import Fetcher
+from autoflow_worker.job_history import JobHistory
+from autoflow_worker.job_queue import OUTAGE_PAUSE, OUTAGE_PAUSE_MAX, JobQueue
+from autoflow_worker.retry import NoBackoffError, backoff_ms
+from autoflow_worker.task import (
+    DelayedError,
+    TaskContext,
+    TaskDefinition,
+    UnrecoverableError,
+    WaitingChildrenError,
+)
+from autoflow_worker.writes import Verdict
+
+log = structlog.get_logger(__name__)
+
+# What a row was told of a job that BullMQ then refused to complete.
+_TAKEN_BACK: Final = MappingProxyType({"completedAt": None, "result": None})
+
+
+class UnmovedJobError(Exception):
+    """A handler says that it moved its job, and did not."""
+
+
+class JobRun:
+    """One attempt at one job.
+
+    Args:
+        task: the job's task.
+        queue: its queue.
+        fetcher: says whether an acknowledgement is to bring the next job.
+        claim: the job.
+        history: its row.
+        owner: the beginning of the slot's tokens, by which Redis knows its jobs.
+    """
+
+    __slots__ = ("_claim", "_fetcher", "_history", "_owner", "_queue", "_task")
+
+    def __init__(
+        self,
+        task: TaskDefinition[Any],
+        queue: JobQueue,
+        fetcher: Fetcher,
+        claim: Claim,
+        history: JobHistory,
+        *,
+        owner: str,
+    ) -> None:
+        self._task = task
+        self._queue = queue
+        self._fetcher = fetcher
+        self._claim = claim
+        self._history = history
+        self._owner = owner
+
+    async def run(self) -> Reply:
+        """Take the job from its claim to its acknowledgement; what that brought.
+
+        Raises:
+            LockLostError: another worker has the job; nothing was recorded for this attempt.
+        """
+        job = self._claim.job
+        # The process may have stood still since it asked for the job.
+        await self._queue.make_sure_of(self._claim)
+        if job.repeatJobKey:
+            await self._advance_scheduler()
+        if never := self._claim.malformed or job.deferredFailure:
+            return await self._fail(UnrecoverableError(never))
+        data = job.data
+        correlation_id = None
+        if isinstance(data, dict):
+            data = dict(data)
+            correlation_id = data.pop("correlationId", None)
+        try:
+            payload = self._task.parse_payload(data)
+        except PayloadError as error:
+            return await self._fail(error)
+        failpoint("before-active-row")
+        # Not the time of the write: it tells claims apart, and a stale one must look stale.
+        started = record.active_patch(now_ms=self._claim.claimed_ms, attempt=self._claim.attempt)
+        verdict = await self._history.start(started)
+        failpoint("after-active-row")
+        if verdict is Verdict.CANCELLED:
+            send = partial(self._queue.fail, self._claim, "the task is cancelled", None)
+            return await self._acknowledge(send)
+        await self._queue.make_sure_of(self._claim)
+        failpoint("handler-start")
+        outcome = await execute(self._task, payload, self._context(correlation_id))
+        failpoint("handler-end")
+        await self._queue.make_sure_of(self._claim)
+        if isinstance(outcome.error, DelayedError | WaitingChildrenError):
+            return await self._moved(outcome.error)
+        if outcome.error is not None:
+            return await self._fail(outcome.error)
+        return await self._complete(outcome)
+
+    def _context(self, correlation_id: object) -> TaskContext:
+        return TaskContext(
+            task_id=self._claim.id,
+            correlation_id=correlation_id if isinstance(correlation_id, str) else str(uuid4()),
+            queue_name=self._task.queue_name,
+            attempt=self._claim.attempt,
+            max_attempts=self._claim.max_attempts,
+            job=self._claim.job,
+        )
+
+    async def _complete(self, outcome: Outcome) -> Reply:
+        try:
+            result = record.success_result(outcome.value, outcome.duration_ms)
+        except NotStorableError as error:
+            return await self._fail(error)
+        patch = record.completed_patch(now_ms=_now_ms(), result=result)
+        await self._history.finish(patch)
+        try:
+            return await self._acknowledge(partial(self._queue.complete, self._claim, result))
+        except ChildrenLeftError as error:
+            return await self._fail(error, instead=_TAKEN_BACK)
+
+    async def _fail(
+        self,
+        error: BaseException,
+        *,
+        instead: Mapping[str, None] = MappingProxyType({}),
+    ) -> Reply:
+        """Record and acknowledge a failure: for good, or with another attempt to come."""
+        now_ms = _now_ms()
+        delay_ms, why_not = await self._next_delay(error)
+        failure = record.error_record(error, now_ms=now_ms)
+        if why_not:
+            failure["reason"] = f"{failure['reason']} (no retry: {why_not})"
+        if delay_ms is None:
+            patch = record.failed_patch(now_ms=now_ms, attempt=self._claim.attempt, error=failure)
+        elif delay_ms > 0:
+            patch = record.delayed_patch(
+                until_ms=now_ms + delay_ms, attempt=self._claim.attempt, error=failure
+            )
+        else:
+            patch = record.pending_patch(attempt=self._claim.attempt, error=failure)
+        if await self._history.finish({**patch, **instead}) is Verdict.CANCELLED:
+            delay_ms = None  # A cancelled task never runs again.
+        told = (failure["reason"], failure.get("stackTrace"))
+        log.info(
+            "job_failed",
+            queue=self._queue.name,
+            task_id=self._claim.id,
+            attempt=self._claim.attempt,
+            retry_in_ms=delay_ms,
+            reason=failure["reason"],
+        )
+        if delay_ms is None:
+            return await self._acknowledge(partial(self._queue.fail, self._claim, *told))
+        if delay_ms > 0:
+            send = partial(self._queue.delay, self._claim, now_ms, delay_ms, *told)
+            return await self._acknowledge(send)
+        send = partial(self._queue.retry, self._claim, *told)
+        return await self._acknowledge(send)
+
+    async def _next_delay(self, error: BaseException) -> tuple[int | None, str | None]:
+        """ms until the next attempt, None for no further one; and why not, if it isn't plain."""
+        never = (UnrecoverableError, PayloadError, NotStorableError)
+        claim = self._claim
+        if isinstance(error, never) or claim.attempt >= claim.max_attempts or claim.job.discarded:
+            return None, None
+        settings = self._task.worker_options.get("settings", {})
+        try:
+            delay_ms = await backoff_ms(
+                self._claim.job.opts.get("backoff"),
+                self._claim.attempt,
+                error=error,
+                job=self._claim.job,
+                strategy=settings.get("backoffStrategy"),
+            )
+        except NoBackoffError as reason:
+            return None, str(reason)
+        except Exception as reason:
+            return None, f"the backoff strategy raised {type(reason).__name__}"
+        return delay_ms, None
+
+    async def _moved(self, error: BaseException) -> Reply:
+        """The handler says that it moved its own job; the row follows."""
+        if await self._queue.still_has(self._claim):
+            reason = UnmovedJobError(f"the handler raised {type(error).__name__} without moving")
+            reason.__cause__ = error
+            return await self._fail(reason)
+        if isinstance(error, WaitingChildrenError):
+            patch = record.waiting_children_patch()
+        else:
+            due = await self._queue.insist(lambda: self._queue.due_at(self._claim))
+            if due is None:  # It is due already, and has been picked up again.
+                return Reply()
+            patch = record.moved_to_delayed_patch(until_ms=due)
+        await self._history.follow(patch)
+        return Reply()
+
+    async def _acknowledge(self, send: Callable[..., Awaitable[Reply]]) -> Reply:
+        """Tell BullMQ the outcome, which PostgreSQL has committed."""
+        pause = OUTAGE_PAUSE
+        while True:
+            try:
+                failpoint("before-ack")
+                reply = await send(fetch_next=not self._fetcher.stopping)
+            except MalformedJobError as error:
+                await self.bury(error)
+                # It may have been the next job that the script broke on, after claiming it.
+                return Reply(await self._claimed_unawares())
+            except LockLostError:
+                # The lock may have expired while this waited for Redis to come back.
+                if not await self._queue.still_has(self._claim):
+                    raise
+            except RedisConnectionError:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, OUTAGE_PAUSE_MAX)
+                if not await self._queue.still_has(self._claim):
+                    # The reply was lost, not the acknowledgement: it may have brought a job.
+                    return Reply(await self._claimed_unawares())
+            else:
+                failpoint("after-ack")
+                return reply
+
+    async def _claimed_unawares(self) -> Claim | None:
+        return await self._queue.insist(lambda: self._fetcher.claimed_unawares(self._owner))
+
+    async def bury(self, error: Exception) -> None:
+        """Fail a job for good on which BullMQ's scripts, or this code, broke."""
+        now_ms = _now_ms()
+        try:
+            if await self._queue.insist(lambda: self._queue.is_finished(self._claim)):
+                return
+            failure = record.error_record(error, now_ms=now_ms)
+            patch = record.failed_patch(now_ms=now_ms, attempt=self._claim.attempt, error=failure)
+            await self._history.finish({**patch, **_TAKEN_BACK})
+            await self._queue.insist(lambda: self._queue.bury(self._claim, failure["reason"]))
+        except RedisError as refusal:
+            # Then it is not this job that is broken, but its queue.
+            queue, reason = self._queue.name, str(refusal)
+            log.error("job_not_buried", queue=queue, task_id=self._claim.id, reason=reason)
+
+    async def _advance_scheduler(self) -> None:
+        try:
+            await self._queue.insist(lambda: self._queue.advance_scheduler(self._claim))
+        except Exception as error:
+            # The job itself is sound, and runs; as with Node, only its successor is missing.
+            log.error(
+                "job_scheduler_not_advanced",
+                queue=self._queue.name,
+                scheduler=self._claim.job.repeatJobKey,
+                reason=str(error),
+            )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
