@@ -8,13 +8,13 @@ IMAGE ?= autoflow-worker
 TESTS ?= tests
 # The tests wait for servers more than they compute, so twice as many of them as there are cores run at once.
 TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(2 * (os.cpu_count() or 1))' 2>/dev/null || echo 4)
-CODE := src tests $(wildcard bench chaos examples)
+CODE := src tests $(wildcard bench chaos examples scripts)
 
 INSTALLED := $(VENV)/.installed
 NODE_INSTALLED := $(NODE_DIR)/node_modules/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev-worker start-worker init-db test lint format types docker-build docker-run image-test bench chaos crashes clean
+.PHONY: help setup demo dev-worker start-worker init-db test lint format types docker-build docker-run image-test bench chaos crashes interleavings clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
