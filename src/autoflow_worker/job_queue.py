@@ -360,13 +360,13 @@ class JobQueue:
         )
         await self._acknowledge("moveToDelayed", keys, args, claim)
 
-    async def bury(self, claim: Claim, reason: str) -> None:
+    async def bury(self, claim: Claim, reason: str, stack_trace: str | None) -> None:
         """Move a job to failed on which BullMQ's own script breaks."""
         job_key, keys = self._base + claim.id, self._worker.keys
         names = ("active", "stalled", "failed", "events")
         await self._bury(
             keys=[job_key + ":lock", job_key, *(keys[name] for name in names)],
-            args=[claim.token, claim.id, reason, _now_ms()],
+            args=[claim.token, claim.id, reason, _now_ms(), json.dumps([stack_trace or reason])],
         )
 
     async def _acknowledge(

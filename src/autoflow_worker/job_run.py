@@ -257,7 +257,8 @@ class JobRun:
             failure = record.error_record(error, now_ms=now_ms)
             patch = record.failed_patch(now_ms=now_ms, attempt=self._claim.attempt, error=failure)
             await self._history.finish({**patch, **_TAKEN_BACK})
-            await self._queue.insist(lambda: self._queue.bury(self._claim, failure["reason"]))
+            told = (failure["reason"], failure.get("stackTrace"))
+            await self._queue.insist(lambda: self._queue.bury(self._claim, *told))
         except RedisError as refusal:
             # Then it is not this job that is broken, but its queue.
             queue, reason = self._queue.name, str(refusal)

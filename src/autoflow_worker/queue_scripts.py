@@ -37,7 +37,7 @@ if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
 redis.call('SREM', KEYS[4], ARGV[2])
 redis.call('LREM', KEYS[3], 0, ARGV[2])
 redis.call('ZADD', KEYS[5], ARGV[4], ARGV[2])
-redis.pcall('HSET', KEYS[2], 'failedReason', ARGV[3], 'finishedOn', ARGV[4])
+redis.pcall('HSET', KEYS[2], 'failedReason', ARGV[3], 'finishedOn', ARGV[4], 'stacktrace', ARGV[5])
 redis.pcall('HDEL', KEYS[2], 'defa')
 if type(redis.pcall('HINCRBY', KEYS[2], 'atm', 1)) == 'table' then
   redis.pcall('HSET', KEYS[2], 'atm', 1)

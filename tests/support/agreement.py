@@ -89,8 +89,7 @@ def _of_one(row: Row, job: BullJob) -> Iterator[str]:
         if error.get("reason") != job.fields["failedReason"]:
             yield f"its row's reason is {error.get('reason')}, BullMQ's {job.fields}"
         traces = json.loads(job.fields.get("stacktrace", "[]"))
-        # A job on which BullMQ's own script broke has none.
-        if traces and error.get("stackTrace", error.get("reason")) != traces[-1]:
-            yield f"its row's stack trace is not BullMQ's last: {error} {traces[-1]}"
+        if error.get("stackTrace", error.get("reason")) != (traces or [None])[-1]:
+            yield f"its row's stack trace is not BullMQ's last: {error} {traces[-1:]}"
         if row["result"] is not None or row["completedAt"] is not None or not row["failedAt"]:
             yield "its row is not that of a failed job"
