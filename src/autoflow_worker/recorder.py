@@ -22,7 +22,7 @@ from autoflow_worker.writes import Write
 
 log = structlog.get_logger(__name__)
 
-MAX_BATCH_SIZE: Final = 4_000_000
+MAX_BATCH_SIZE: Final = 1_000_000
 """Characters of patches in one statement, at most; a larger patch gets a statement of its own."""
 
 START_PATIENCE: Final = 5.0
