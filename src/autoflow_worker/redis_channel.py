@@ -1,7 +1,7 @@
 """One connection to Redis that is shared by pipelining, and never lost for good.
 
 redis-py spends 150 to 200 microseconds on each command and lets one command at a time onto a
-connection. Here, commands that are issued in the same turn of the event loop leave in one write,
+connection. Here, commands that are issued in the same turn of the event loop leave in few writes,
 and hiredis matches the replies in order. Connecting (TLS, ACL users, unix sockets, database
 numbers, client names) stays redis-py's own: a `Channel` takes the connected socket over from it.
 """
@@ -29,6 +29,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from autoflow_worker.errors import RedisUnavailableError
 
 log = structlog.get_logger(__name__)
+
+FULL_OUTBOX: Final = 8
+"""Commands that leave at once, so that the server works on them while more are made."""
 
 REPLY_PATIENCE: Final = 10.0
 """Seconds without a single reply after which a connection counts as half-open and is dropped."""
@@ -158,6 +161,8 @@ class Channel:
             self._patience = patience
         reply: asyncio.Future[Any] = self._loop.create_future()
         self._waiting.append(reply)
+        if len(self._outbox) >= FULL_OUTBOX:
+            self._flush()
         return await reply
 
     async def _await_connection(self) -> None:
@@ -298,6 +303,8 @@ class _Link(asyncio.Protocol):
         )
         self.transport = cast(asyncio.Transport, writer.transport)
         self.transport.set_protocol(self)
+        # uvloop would hold each write back until the end of the loop's turn.
+        self.transport.set_write_buffer_limits(high=1)
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed(data)
