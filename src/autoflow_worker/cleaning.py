@@ -18,11 +18,12 @@ from pathlib import PurePath
 from typing import TypeAlias, TypeVar
 from uuid import UUID
 
+import orjson
 from pydantic import BaseModel
 
 from autoflow_worker.digits import digits_of
 
-Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | orjson.Fragment | None"
 T = TypeVar("T")
 
 MAX_DEPTH = 200
@@ -69,6 +70,8 @@ class Cleaner:
         self._depth = factor * MAX_DEPTH
         self._values = factor * MAX_VALUES
         self._room = factor * MAX_SIZE
+        # Ours, then, and clean; a handler's own could hold anything.
+        self._takes_fragments = twice
 
     def clean(self, value: object, depth: int = 0) -> Json:  # noqa: PLR0911 - one for each type
         """Return the value as plain JSON types.
@@ -90,6 +93,8 @@ class Cleaner:
             return self._object(value, depth + 1)
         if type(value) is list or type(value) is tuple:
             return self._array(value, depth + 1)
+        if self._takes_fragments and type(value) is orjson.Fragment:
+            return value
         return self.clean(_guarded(_simplify, value), depth)
 
     def _object(self, pairs: dict[object, object], depth: int) -> Json:

@@ -134,7 +134,7 @@ class JobRun:
 
     async def _complete(self, outcome: Outcome) -> Reply:
         try:
-            result = record.success_result(outcome.value, outcome.duration_ms)
+            result = record.encoded_result(outcome.value, outcome.duration_ms)
         except NotStorableError as error:
             return await self._fail(error)
         patch = record.completed_patch(now_ms=_now_ms(), result=result)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from autoflow_worker.cleaning import clean_text
 from autoflow_worker.errors import NotStorableError
 from autoflow_worker.failure import reason_of, shorten_reason, stack_trace_of
-from autoflow_worker.storable import dump, storable
+from autoflow_worker.storable import dump, fragment, storable
 
 Record = dict[str, Any]
 """A patch of `data`, or a part of one; storable as it is."""
@@ -95,6 +95,18 @@ def success_result(output: object, duration_ms: float) -> Record:
         NotStorableError: the output can't be stored (`storable` has the rules).
     """
     return {"success": True, "output": storable(output), "duration": _whole(duration_ms)}
+
+
+def encoded_result(output: object, duration_ms: float) -> Record:
+    """Return what `success_result` does, with the output as JSON text already.
+
+    Both stores are to hold the same, and large outputs take long to encode: so it is done once.
+    `encode` and `dump` take such a record; nothing can be read from its output any more.
+
+    Raises:
+        NotStorableError: as above.
+    """
+    return {"success": True, "output": fragment(output), "duration": _whole(duration_ms)}
 
 
 def error_record(failure: BaseException | str, now_ms: float) -> Record:

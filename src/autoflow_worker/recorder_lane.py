@@ -11,6 +11,7 @@ import orjson
 import psycopg
 import structlog
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.types.json import Json
 
 from autoflow_worker.errors import DatabaseUnavailableError
 from autoflow_worker.failpoints import failpoint
@@ -264,7 +265,7 @@ class Lane:
 
     async def _update(self, writes: Sequence[Write]) -> set[str]:
         statement = RELAXED_UPDATE if all(w.is_start for w in writes) else DURABLE_UPDATE
-        parameter = _encode([write.as_parameter() for write in writes])
+        parameter = _as_json([write.as_parameter() for write in writes])
         connection = await self.connection()
         failpoint("batch-sent")
         cursor = await connection.execute(statement, (parameter,))
@@ -327,7 +328,7 @@ class Lane:
             if write.new_row
         ]
         connection = await self.connection()
-        await connection.execute(INSERT, (_encode(rows),))
+        await connection.execute(INSERT, (_as_json(rows),))
 
 
 async def _connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
@@ -346,9 +347,9 @@ def _unsettled(writes: Iterable[Write]) -> list[Write]:
     return [write for write in writes if not write.settled.done()]
 
 
-def _encode(rows: Sequence[Mapping[str, Any]]) -> str:
+def _as_json(rows: Sequence[Mapping[str, Any]]) -> Json:
     try:
-        return orjson.dumps(rows).decode()
+        return Json(orjson.dumps(rows), dumps=bytes)
     except TypeError as error:  # which is how orjson refuses what it can't encode
         raise UnencodableError(str(error)) from error
 

@@ -57,6 +57,7 @@ __all__ = [
     "Stored",
     "dump",
     "encode",
+    "fragment",
     "storable",
     "stored",
 ]
@@ -93,6 +94,16 @@ def encode(value: object) -> str:
     """
     raw = _encode_plain(value)
     return _clean(value).text if raw is None else raw.decode()
+
+
+def fragment(value: object) -> orjson.Fragment:
+    """Return the value as JSON text that becomes a part of another's, in `dump`.
+
+    Raises:
+        NotStorableError: the value can't be stored; the message says where and why.
+    """
+    raw = _encode_plain(value)
+    return orjson.Fragment(_clean(value).text if raw is None else raw)
 
 
 def stored(value: object) -> Stored:

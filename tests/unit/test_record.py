@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -300,3 +301,18 @@ def test_dates_are_as_in_javascript(ms: int) -> None:
     assert len(text) == len(TODAY)
     seconds = datetime.fromisoformat(text).replace(microsecond=0).timestamp()
     assert int(seconds) * 1000 + int(text[-4:-1]) == ms
+
+
+@pytest.mark.parametrize(
+    "output", [{"a": [1, "é"]}, "\0\ud800", "\\u0000", 2**70, 10**400, "x" * 100_000, None]
+)
+def test_an_output_that_is_encoded_once_is_the_same_everywhere(output: object) -> None:
+    plain, encoded = record.success_result(output, 1), record.encoded_result(output, 1)
+    assert json.loads(record.encode(encoded)) == plain
+    patch = record.completed_patch(now_ms=NOW, result=encoded)
+    assert json.loads(record.encode(patch))["result"] == plain
+
+
+def test_an_output_with_text_that_only_says_it_is_json_is_refused() -> None:
+    with pytest.raises(NotStorableError):
+        record.encoded_result([orjson.Fragment("no JSON")], 1)
