@@ -345,11 +345,11 @@ async def test_the_lock_of_an_id_outside_of_utf8_is_renewed(
 ) -> None:
     options: Any = {"lockDuration": 600, "stalledInterval": 200}
     task = define_task(QUEUE, poisoned.handler, worker_options=options)
-    await poisoned.add(NOT_UTF8[0])
     async with run_worker([task]):
         async with poisoned.db.connection.transaction():
             # It can't be recorded, so it is held.
             await poisoned.db.execute("LOCK TABLE tasks IN ACCESS EXCLUSIVE MODE")
+            await poisoned.add(NOT_UTF8[0])
             lock: Any = poisoned.base + NOT_UTF8[0] + b":lock"
             await until(lambda: poisoned.raw.exists(lock))
             for _ in range(3):

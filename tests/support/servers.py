@@ -86,12 +86,14 @@ class OwnServer:
     def suspend(self) -> None:
         """Let it hang: connections stay open and nothing answers."""
         for process in self._family():
-            process.suspend()
+            with suppress(psutil.NoSuchProcess):  # one of PostgreSQL's that came and went
+                process.suspend()
 
     def resume(self) -> None:
         """Let it go on after `suspend()`."""
         for process in self._family():
-            process.resume()
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
     async def close(self) -> None:
         """End it and remove its data."""
