@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
