@@ -12,11 +12,11 @@ async def handle(payload: dict[str, Any], _ctx: TaskContext) -> dict[str, Any]:
     """No work; or a word on when it ran, or a failure, if the payload asks for it."""
     if "fail" in payload:
         raise ValueError("as it was told")
-    if "sentAt" in payload:
-        return {"waitedMs": time.time() * 1000 - payload["sentAt"]}
     if "sleep" in payload:
         await asyncio.sleep(payload["sleep"])
         return {"endedAt": time.time() * 1000}
+    if "sentAt" in payload:
+        return {"waitedMs": time.time() * 1000 - payload["sentAt"]}
     return {"ok": True}
 
 
