@@ -8,10 +8,12 @@ LOCK_TIMEOUT: Final = "50ms"
 """How long a batch waits for somebody else's lock before the locked rows are put off."""
 
 # A batch looks up each of its rows by primary key, whatever the planner believes of the table's
-# size: a plan made for a small table would read all of a grown one for every batch.
+# size: a plan made for a small table would read all of a grown one for every batch. Reading rows is
+# made dear, since large ones lie outside a table that then looks small.
 SESSION: Final = f"""
 SET lock_timeout = '{LOCK_TIMEOUT}';
-SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off
+SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
+SET enable_material = off; SET cpu_tuple_cost = 1
 """
 
 CONNECTION_DEFAULTS: Final = {
