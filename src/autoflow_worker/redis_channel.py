@@ -153,15 +153,17 @@ class Channel:
         while self._link is None:
             await self._await_connection()
         packed = _pack(args)
-        if not self._outbox:
-            self._loop.call_soon(self._flush)
-        self._outbox.append(packed)
-        if not self._waiting:
+        idle = not self._waiting
+        if idle:
             self._silent_since = self._loop.time()
             self._patience = patience
+        elif not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox.append(packed)
         reply: asyncio.Future[Any] = self._loop.create_future()
         self._waiting.append(reply)
-        if len(self._outbox) >= FULL_OUTBOX:
+        if idle or len(self._outbox) >= FULL_OUTBOX:
+            # Whoever is alone has nobody to wait for.
             self._flush()
         return await reply
 
