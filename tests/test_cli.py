@@ -131,7 +131,7 @@ async def test_handlers_that_do_not_end_do_not_hold_the_exit(
 
         def blocking(payload, ctx):
             ctx.logger.info("running")
-            time.sleep(600)
+            time.sleep(600)  # what can't be interrupted
 
         tasks = [define_task(f.__name__, f) for f in (stubborn, threaded, blocking)]
         """,

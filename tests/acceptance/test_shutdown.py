@@ -32,7 +32,7 @@ TASKS = f"""
         return ctx.attempt
 
     def in_a_thread(payload, ctx):
-        time.sleep(payload["seconds"])
+        time.sleep(payload["seconds"])  # what can't be interrupted
 
     tasks = [define_task("{QUEUE}", handler), define_task("threads", in_a_thread)]
 """
