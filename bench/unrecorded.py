@@ -1,29 +1,39 @@
 """The worker without PostgreSQL's part: `python -m bench.unrecorded` is `autoflow-worker`.
 
-Everything is as always, but the recorder answers at once that a status is written.
+Everything is as always, but nothing is written about a job, and nobody waits for it.
 """
 
 import asyncio
+from typing import Any
 
-from autoflow_worker import cli, service
+from autoflow_worker import cli, service, task_worker
 from autoflow_worker.recorder import StatusRecorder
-from autoflow_worker.writes import Verdict, Write
+from autoflow_worker.writes import Verdict
 
 
-class InstantRecorder(StatusRecorder):
-    """Takes every write for written."""
+class NoRecorder(StatusRecorder):
+    """Connects to nothing."""
 
     async def open(self, timeout: float) -> None:
-        """There is nothing to connect to."""
+        pass
 
     def deaths(self) -> list[asyncio.Task[None]]:
         return []
 
-    def submit(self, write: Write) -> Write:
-        write.settle(Verdict.WRITTEN)
-        return write
+
+class NoHistory:
+    """Takes everything for written."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    async def start(self, _patch: Any) -> Verdict:
+        return Verdict.WRITTEN
+
+    finish = follow = start
 
 
 if __name__ == "__main__":
-    service.StatusRecorder = InstantRecorder  # type: ignore[attr-defined]
+    service.StatusRecorder = NoRecorder  # type: ignore[attr-defined]
+    task_worker.JobHistory = NoHistory  # type: ignore[attr-defined, assignment]
     cli.main()

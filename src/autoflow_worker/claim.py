@@ -5,12 +5,20 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from bullmq import Job, Worker
 
 # Numbers as JavaScript prints them, other than plain digits.
 _NUMBER: Final = re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?(e\+[0-9]{1,2})?")
+
+_PLAIN_FIELDS: Final = frozenset(
+    {"ats", "data", "delay", "name", "opts", "pb", "priority", "processedOn", "timestamp"}
+)
+_PLAIN_OPTIONS: Final = frozenset(
+    {"attempts", "backoff", "delay", "jobId", "priority", "removeOnComplete", "removeOnFail"}
+)
+_raw_decode: Final = json.JSONDecoder().raw_decode
 
 
 class Hold(enum.Enum):
@@ -33,42 +41,134 @@ class MalformedJobError(Exception):
     """BullMQ's script can't work with what the job's fields hold."""
 
 
-@dataclass(slots=True, eq=False)
 class Claim:
-    """A job that this worker holds.
+    """A job that this worker holds; `read_claim` makes it.
 
     Attributes:
-        job: bullmq's `Job`; of a malformed one, only what could be read.
+        id: the job's.
+        data: what the producer put into it.
+        options: BullMQ's job options, by their long names.
+        attempts_made: attempts that ended before this one, as BullMQ counts them.
+        attempts_started: claims of this job, this one included.
+        max_attempts: how many attempts the job has at most.
+        claimed_ms: when it was claimed, in epoch ms by the claimer's clock; BullMQ's `processedOn`.
+        scheduler: the job scheduler that produced it; None as a rule.
+        malformed: why its fields could not be read; None as a rule.
+        never: why it must not run but fail: it is malformed, or a child of it has failed.
         token: what the lock in Redis holds.
         locked_until: event loop time up to which the lock is surely ours.
-        malformed: why the job's fields could not be read; None as a rule.
     """
 
-    job: Job
-    token: str
-    locked_until: float
-    malformed: str | None = None
+    __slots__ = (
+        "_fields",
+        "_job",
+        "_queue",
+        "attempts_made",
+        "attempts_started",
+        "claimed_ms",
+        "data",
+        "id",
+        "locked_until",
+        "malformed",
+        "max_attempts",
+        "never",
+        "options",
+        "scheduler",
+        "token",
+    )
 
-    @property
-    def id(self) -> str:
-        return str(self.job.id)
+    data: Any
+    options: dict[str, Any]
+    attempts_made: int
+    attempts_started: int
+    max_attempts: int
+    claimed_ms: int
+
+    def __init__(
+        self,
+        queue: Worker,
+        fields: Mapping[str, str],
+        job_id: str,
+        token: str,
+        locked_until: float,
+    ) -> None:
+        self._queue = queue
+        self._fields = fields
+        self._job: Job | None = None
+        self.id = job_id
+        self.token = token
+        self.locked_until = locked_until
+        self.scheduler: str | None = None
+        self.malformed: str | None = None
+        self.never: str | None = None
 
     @property
     def attempt(self) -> int:
         """The number of this attempt, from 1; a counter that is none counts from there."""
-        return min(max(int(self.job.attemptsMade), 0), 2**53 - 2) + 1
+        return min(max(self.attempts_made, 0), 2**53 - 2) + 1
 
     @property
-    def claimed_ms(self) -> int:
-        """When it was claimed, in epoch ms by the claimer's clock; BullMQ's `processedOn`."""
-        return int(self.job.processedOn)
+    def job(self) -> Job:
+        """bullmq's `Job`, of a malformed one only what could be read; made when it is asked for."""
+        if self._job is None:
+            self._job = Job.fromJSON(self._queue, self._fields, self.id)
+            self._job.token = self.token
+        return self._job
 
-    @property
-    def max_attempts(self) -> int:
-        return int(self.job.attempts)
+    def read_plain(self) -> bool:
+        """Read a job that has nothing special about it, as most first attempts; False: it has.
+
+        A `Job` does the same and much more, at ten times the cost. What it would object to must
+        not pass here, as one is perhaps made later.
+
+        Raises:
+            ValueError: and others; then a `Job` would object.
+        """
+        fields = self._fields
+        if not fields.keys() <= _PLAIN_FIELDS or "name" not in fields or not is_utf8(self.id):
+            return False
+        options = _parse(fields["opts"])
+        if not options.keys() <= _PLAIN_OPTIONS or type(options.get("backoff", {})) is not dict:
+            return False
+        for option in ("attempts", "removeOnComplete", "removeOnFail"):
+            value = options.get(option, 1)
+            if type(value) is not int or not 0 < value < 2**53:
+                return False
+        for number in ("timestamp", "delay", "priority"):
+            int(fields[number])
+        self.data = _parse(fields["data"])
+        self.options = options
+        self.attempts_made = 0
+        self.attempts_started = int(fields["ats"])
+        self.max_attempts = options.get("attempts", 1)
+        self.claimed_ms = int(fields["processedOn"])
+        return True
+
+    def read_by_job(self) -> None:
+        """Read any other job; its fields may hold anything."""
+        try:
+            job = Job.fromJSON(self._queue, _with_whole_numbers(self._fields), self.id)
+            _check_fields(self._fields, job)
+        except MalformedJobError as error:
+            self.malformed = f"the job can't be read: {error}"
+            job = _stand_in(self._queue, self._fields, self.id)
+        except Exception as error:
+            # Whatever the fields hold, the job is claimed: it has to end, and in words.
+            self.malformed = f"the job can't be read: {type(error).__name__}: {error}"
+            job = _stand_in(self._queue, self._fields, self.id)
+        job.token = self.token
+        self._job = job
+        self.data = job.data
+        self.options = job.opts
+        self.attempts_made = int(job.attemptsMade)
+        self.attempts_started = job.attemptsStarted
+        self.max_attempts = int(job.attempts)
+        self.claimed_ms = int(job.processedOn)
+        self.scheduler = job.repeatJobKey
+        self.never = self.malformed or job.deferredFailure
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """What a fetch, or an acknowledgement that fetched, brought.
 
@@ -95,19 +195,22 @@ def read_claim(
         fields: the job's hash.
         locked_until: event loop time up to which the lock is surely ours.
     """
-    malformed = None
+    claim = Claim(queue, fields, job_id, token, locked_until)
     try:
-        job = Job.fromJSON(queue, _with_whole_numbers(fields), job_id)
-        _check_fields(fields, job)
-    except MalformedJobError as error:
-        malformed = f"the job can't be read: {error}"
-        job = _stand_in(queue, fields, job_id)
-    except Exception as error:
-        # Whatever the fields hold, the job is claimed: it has to end, and in words.
-        malformed = f"the job can't be read: {type(error).__name__}: {error}"
-        job = _stand_in(queue, fields, job_id)
-    job.token = token
-    return Claim(job, token, locked_until, malformed)
+        is_plain = claim.read_plain()
+    except Exception:
+        is_plain = False
+    if not is_plain:
+        claim.read_by_job()
+    return claim
+
+
+def _parse(text: str) -> Any:
+    """What `json.loads` does, without its preparations for other kinds of text."""
+    value, end = _raw_decode(text)
+    if end != len(text):
+        raise ValueError("something follows the JSON")
+    return value
 
 
 def _stand_in(queue: Worker, fields: Mapping[str, str], job_id: str) -> Job:

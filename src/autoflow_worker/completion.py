@@ -6,9 +6,12 @@ holds the two against each other.
 """
 
 from collections.abc import Mapping
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import msgpack
+
+from autoflow_worker.claim import Claim
 
 _KEYS: Final = (
     "wait",
@@ -29,6 +32,10 @@ _WHERE_PARENTS_LOOK: Final = {
     "idof": "ignoreDependencyOnFailure",
     "rdof": "removeDependencyOnFailure",
 }
+_LOOKED_FOR: Final = frozenset(_WHERE_PARENTS_LOOK.values())
+
+MAX_PACKED: Final = 1_000
+"""Packed options that are kept for further jobs."""
 
 
 class CompletionArguments:
@@ -49,43 +56,44 @@ class CompletionArguments:
             "lockDuration": options.get("lockDuration"),
             "maxMetricsSize": metrics.get("maxDataPoints", "") if metrics is not None else "",
         }
-        self._pack = msgpack.Packer(use_bin_type=True).pack
+        self._packed_alike = lru_cache(MAX_PACKED)(partial(self._packed, {}))
 
     def __call__(
-        self, job: Any, value: str, keep: Any, *, token: str, fetch_next: bool, now_ms: int
+        self, claim: Claim, value: str, keep: Any, *, fetch_next: bool, now_ms: int
     ) -> tuple[list[str], list[Any]]:
         """Return the script's keys and arguments.
 
         Args:
-            job: bullmq's `Job`.
+            claim: the job.
             value: the return value's JSON.
             keep: the option `removeOnComplete` that counts.
-            token: what the job's lock holds.
             fetch_next: whether the script is to claim another job.
             now_ms: epoch ms.
         """
+        about = claim.token, keep, claim.max_attempts, claim.attempts_made
+        # The jobs of a slot have all of this in common, as a rule.
+        if type(keep) is int and claim.options.keys().isdisjoint(_LOOKED_FOR):
+            packed = self._packed_alike(*about)
+        else:
+            packed = self._packed(claim.options, *about)
+        keys = [*self._first_keys, self._base + claim.id, *self._last_keys]
+        fetch = "1" if fetch_next else ""
+        args = [claim.id, now_ms, "returnvalue", value, "completed", fetch, self._base, packed]
+        return keys, args
+
+    def _packed(
+        self, job_options: Mapping[str, Any], token: str, keep: Any, attempts: int, made: int
+    ) -> bytes:
         options = {
             **self._options,
             "token": token,
             "keepJobs": _jobs_to_keep(keep),
-            "attempts": job.attempts,
-            "attemptsMade": job.attemptsMade,
+            "attempts": attempts,
+            "attemptsMade": made,
         }
         for short, name in _WHERE_PARENTS_LOOK.items():
-            options[short] = job.opts.get(name, False)
-        keys = [*self._first_keys, self._base + job.id, *self._last_keys]
-        fetch = "1" if fetch_next else ""
-        packed = self._pack(options)
-        return keys, [
-            job.id,
-            now_ms,
-            "returnvalue",
-            value,
-            "completed",
-            fetch,
-            self._base,
-            packed,
-        ]
+            options[short] = job_options.get(name, False)
+        return bytes(msgpack.packb(options, use_bin_type=True))
 
 
 def _jobs_to_keep(keep: Any) -> Mapping[str, Any]:

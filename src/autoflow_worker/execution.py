@@ -3,10 +3,13 @@
 import asyncio
 import contextvars
 import inspect
+import math
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
 import structlog
@@ -34,7 +37,7 @@ class HandlerExitError(Exception):
     """The handler tried to end the process."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """What an attempt came to: a value, or an error.
 
@@ -49,7 +52,60 @@ class Outcome:
     duration_ms: int
 
 
-async def execute(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> Outcome:
+@dataclass(slots=True, eq=False)
+class _Wait:
+    """An attempt that is waited for until the future is done, or the time is over."""
+
+    ended: asyncio.Future[TimeLimitError | None]
+    deadline: float
+
+
+class TimeLimit:
+    """The time limit of one task's attempts.
+
+    They all have the same, so they run out of time in the order in which they started, and one
+    timer does for all of them.
+
+    Args:
+        timeout_ms: of one attempt; None: no limit.
+    """
+
+    def __init__(self, timeout_ms: int | None) -> None:
+        self._timeout_ms = timeout_ms
+        self._waits: dict[_Wait, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, ended: asyncio.Future[TimeLimitError | None]) -> _Wait:
+        """An attempt starts; the future gets a `TimeLimitError` if its time is over before."""
+        if self._timeout_ms is None:
+            return _Wait(ended, math.inf)
+        loop = ended.get_loop()
+        wait = _Wait(ended, loop.time() + self._timeout_ms / 1000)
+        self._waits[wait] = None
+        if self._timer is None:
+            self._timer = loop.call_at(wait.deadline, self._expire)
+        return wait
+
+    def remove(self, wait: _Wait) -> None:
+        """An attempt has ended."""
+        self._waits.pop(wait, None)
+
+    def _expire(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        while self._waits:
+            oldest = next(iter(self._waits))
+            if oldest.deadline > loop.time():
+                self._timer = loop.call_at(oldest.deadline, self._expire)
+                return
+            del self._waits[oldest]
+            words = f"the handler ran past its time limit of {self._timeout_ms} ms"
+            _end(oldest.ended, TimeLimitError(words))
+
+
+async def execute(
+    task: TaskDefinition[Any], payload: Any, context: TaskContext, limit: TimeLimit
+) -> Outcome:
     """Run one attempt to its end.
 
     Cancelling this cancels the handler. A handler that neither ends nor lets itself be cancelled
@@ -59,20 +115,24 @@ async def execute(task: TaskDefinition[Any], payload: Any, context: TaskContext)
         asyncio.CancelledError: this was cancelled, and the handler did not finish all the same.
     """
     loop = asyncio.get_running_loop()
-    started, since = time.perf_counter(), loop.time()
+    started = time.perf_counter()
+    wait = limit.add(loop.create_future())
     handler: asyncio.Future[Any]
-    error: BaseException | None
+    error: BaseException | None = None
     if task.is_async:
         call = cast(Coroutine[Any, Any, Any], task.handler(payload, context))
-        handler = loop.create_task(_contain(call))
+        handler = _start(call, wait)
     else:
         handler = _in_thread(lambda: task.handler(payload, context), context.queue_name)
+        handler.add_done_callback(partial(_end_of, wait.ended))
     try:
-        error = await _finish(handler, task.options.timeout_ms, since)
-        if error is None and not task.is_async and (rest := _rest_of(handler)) is not None:
+        if not handler.done():
+            error = await wait.ended
+        if not task.is_async and error is None and (rest := _rest_of(handler)) is not None:
             # A plain function around an async one has only now given what is to be waited for.
-            handler = loop.create_task(_contain(rest))
-            error = await _finish(handler, task.options.timeout_ms, since)
+            wait.ended = loop.create_future()
+            handler = _start(rest, wait)
+            error = await wait.ended
     except asyncio.CancelledError:
         await _unwind(handler, context)
         if handler.cancelled() or not handler.done() or handler.exception() is not None:
@@ -80,6 +140,8 @@ async def execute(task: TaskDefinition[Any], payload: Any, context: TaskContext)
         if not task.is_async and _rest_of(handler) is not None:
             raise
         error = None  # It had finished after all, and finished work is not done again.
+    finally:
+        limit.remove(wait)
     if error is not None:
         await _unwind(handler, context)
     elif handler.cancelled():
@@ -90,29 +152,33 @@ async def execute(task: TaskDefinition[Any], payload: Any, context: TaskContext)
     return Outcome(value, error, round((time.perf_counter() - started) * 1000))
 
 
-async def _finish(
-    handler: asyncio.Future[Any], timeout_ms: int | None, since: float
-) -> TimeLimitError | None:
-    """Wait for the handler's end or its time limit, whichever comes first.
+def _start(call: Awaitable[Any], wait: _Wait) -> asyncio.Task[Any]:
+    handler = _new_task(_contain(call, wait.ended))
+    if not handler.done():
+        # Should somebody cancel it before it runs at all, nothing in it could tell its end.
+        handler.add_done_callback(partial(_end_of, wait.ended))
+    return handler
 
-    A future and a timer do what `asyncio.wait` does at a fraction of its cost.
-    """
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[TimeLimitError | None] = loop.create_future()
 
-    def end(error: TimeLimitError | None) -> None:
-        if not ended.done():
-            ended.set_result(error)
+if sys.version_info >= (3, 12):
 
-    handler.add_done_callback(lambda _: end(None))
-    if timeout_ms is None:
-        return await ended
-    limit = TimeLimitError(f"the handler ran past its time limit of {timeout_ms} ms")
-    timer = loop.call_at(since + timeout_ms / 1000, end, limit)
-    try:
-        return await ended
-    finally:
-        timer.cancel()
+    def _new_task(call: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A handler that does not wait for anything has ended when this returns."""
+        return asyncio.Task(call, loop=asyncio.get_running_loop(), eager_start=True)
+
+else:
+
+    def _new_task(call: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        return asyncio.get_running_loop().create_task(call)
+
+
+def _end(ended: asyncio.Future[TimeLimitError | None], error: TimeLimitError | None) -> None:
+    if not ended.done():
+        ended.set_result(error)
+
+
+def _end_of(ended: asyncio.Future[TimeLimitError | None], _handler: asyncio.Future[Any]) -> None:
+    _end(ended, None)
 
 
 def _rest_of(handler: asyncio.Future[Any]) -> Awaitable[Any] | None:
@@ -148,7 +214,7 @@ def _discard(handler: asyncio.Future[Any]) -> None:
         rest.close()
 
 
-async def _contain(call: Awaitable[Any]) -> Any:
+async def _contain(call: Awaitable[Any], ended: asyncio.Future[TimeLimitError | None]) -> Any:
     """Keep `SystemExit` and its like from ending the event loop."""
     try:
         return await call
@@ -156,6 +222,9 @@ async def _contain(call: Awaitable[Any]) -> Any:
         raise
     except BaseException as error:
         raise HandlerExitError(f"the handler raised {type(error).__name__}: {error}") from error
+    finally:
+        # A done callback would tell it one turn of the event loop later.
+        _end(ended, None)
 
 
 def _in_thread(call: Callable[[], Any], name: str) -> asyncio.Future[Any]:

@@ -1,13 +1,23 @@
 """One attempt's entries in its job's row: the start, and the outcome."""
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from autoflow_worker import record
+from autoflow_worker.claim import Claim
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.writes import Recorder, Verdict, Write
 
-NewRow = Callable[[], Mapping[str, Any]]
+
+class Locks(Protocol):
+    """What a history needs of the job's queue."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def make_sure_of(self, claim: Claim) -> None:
+        """Ask Redis whose the job is; raise if it is not ours any more."""
+        ...
 
 
 class JobHistory:
@@ -19,17 +29,17 @@ class JobHistory:
     reset the row, or a newer attempt), the job's lock decides.
 
     Args:
-        row_id: the row of the job (contract, section 4).
-        queue: rows of other queues are left alone.
-        new_row: makes the row of a job that has none; None: such a job gets no history.
-        make_sure_of_lock: asks Redis; raises if the job is not ours any more.
+        queue: the job's; rows of other queues are left alone.
+        claim: the attempt.
+        record_unknown_jobs: whether a job without a row gets one (contract, section 4), or no
+            history.
     """
 
     __slots__ = (
+        "_claim",
         "_late",
-        "_make_sure_of_lock",
-        "_new_row",
         "_queue",
+        "_record_unknown_jobs",
         "_recorded",
         "_recorder",
         "_row_id",
@@ -37,21 +47,19 @@ class JobHistory:
     )
 
     def __init__(
-        self,
-        recorder: Recorder,
-        row_id: str,
-        queue: str,
-        new_row: NewRow | None,
-        make_sure_of_lock: Callable[[], Awaitable[None]],
+        self, recorder: Recorder, queue: Locks, claim: Claim, *, record_unknown_jobs: bool
     ) -> None:
         self._recorder = recorder
-        self._row_id = row_id
         self._queue = queue
-        self._new_row = new_row
-        self._make_sure_of_lock = make_sure_of_lock
+        self._claim = claim
+        self._row_id = record.row_id(queue.name, claim.id)
+        self._record_unknown_jobs = record_unknown_jobs
         self._start: Mapping[str, Any] | None = None
         self._late: Write | None = None
         self._recorded = True
+
+    def _unknown_row(self) -> Mapping[str, Any]:
+        return record.unknown_job_row(self._queue.name, self._claim.job)
 
     async def start(self, patch: Mapping[str, Any]) -> Verdict:
         """Record the start; with a limit to the wait, after which the write follows by itself.
@@ -62,13 +70,12 @@ class JobHistory:
         self._start = patch
         verdict = await self._write_start(patch, since=patch["startedAt"])
         if verdict is Verdict.CONTESTED:
-            await self._make_sure_of_lock()
+            await self._queue.make_sure_of(self._claim)
             verdict = await self._write_start(patch, since=None)
         return verdict
 
     async def _write_start(self, patch: Mapping[str, Any], since: str | None) -> Verdict:
-        text = record.encode(dict(patch))
-        write = Write(self._row_id, self._queue, patch, text, since=since, new_row=self._new_row)
+        write = self._write(patch, may_insert=True, since=since)
         verdict = await self._recorder.submit(write).ready
         self._late = write if verdict is Verdict.LATE else None
         self._recorded = verdict is not Verdict.MISSING
@@ -82,7 +89,7 @@ class JobHistory:
         """
         verdict = await self.follow(patch)
         if verdict is Verdict.CONTESTED:
-            await self._make_sure_of_lock()
+            await self._queue.make_sure_of(self._claim)
             # The row may know nothing of this attempt: a crash of PostgreSQL can lose a start.
             verdict = await self._write_outcome({**(self._start or {}), **patch}, fence=None)
         failpoint("after-commit")
@@ -100,7 +107,19 @@ class JobHistory:
 
     async def _write_outcome(self, patch: Mapping[str, Any], fence: str | None) -> Verdict:
         # A row that is gone after the start was deleted by the API, and stays deleted.
-        new_row = self._new_row if self._start is None else None
-        text = record.encode(dict(patch))
-        write = Write(self._row_id, self._queue, patch, text, fence=fence, new_row=new_row)
+        write = self._write(patch, may_insert=self._start is None, fence=fence)
         return await self._recorder.submit(write).settled
+
+    def _write(
+        self,
+        patch: Mapping[str, Any],
+        *,
+        may_insert: bool,
+        since: str | None = None,
+        fence: str | None = None,
+    ) -> Write:
+        new_row = self._unknown_row if may_insert and self._record_unknown_jobs else None
+        text = record.encode(dict(patch))
+        return Write(
+            self._row_id, self._queue.name, patch, text, since=since, fence=fence, new_row=new_row
+        )

@@ -16,7 +16,6 @@ from typing import Any, Final, TypeVar
 
 from bullmq import Job, Worker
 from bullmq.error_code import ErrorCode
-from bullmq.scripts import raw2NextJobData
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
@@ -56,6 +55,7 @@ _LOST: Final = frozenset(
     }
 )
 
+_NO_JOB: Final = (None, None, 0, 0)
 
 T = TypeVar("T")
 
@@ -74,10 +74,13 @@ class JobQueue:
         self, name: str, redis: PipelinedRedis, prefix: str, options: Mapping[str, Any]
     ) -> None:
         self.name = name
+        self._now = asyncio.get_running_loop().time
         self._redis = redis
         self._prefix = prefix
         self._options = options
         self._worker = Worker(name, None, {**options, "connection": redis, "prefix": prefix})
+        self.lock_ms = int(self._worker.opts["lockDuration"])
+        self._lock_s = self.lock_ms / 1000
         self._base = str(self._worker.keys[""])
         self._completion_arguments = CompletionArguments(self._worker.keys, self._worker.opts)
         self._blocking: Channel | None = None
@@ -97,10 +100,6 @@ class JobQueue:
         if "name" in self._options:
             client_name += f":w:{self._options['name']}"
         self._blocking = await self._redis.open_blocking_channel(client_name, timeout)
-
-    @property
-    def lock_ms(self) -> int:
-        return int(self._worker.opts["lockDuration"])
 
     # -- fetching --------------------------------------------------------------------------------
 
@@ -164,7 +163,7 @@ class JobQueue:
         return Reply(claim, True, int(limited_ms or 0), int(delayed_until or 0))
 
     def _claim(self, fields: Mapping[str, str], job_id: str, token: str, asked_at: float) -> Claim:
-        return read_claim(self._worker, fields, job_id, token, asked_at + self.lock_ms / 1000)
+        return read_claim(self._worker, fields, job_id, token, asked_at + self._lock_s)
 
     async def advance_scheduler(self, claim: Claim) -> None:
         """Let the job scheduler that produced this job produce its next one.
@@ -199,7 +198,7 @@ class JobQueue:
 
         A lock that is lost keeps its `locked_until`, so that its loss is noticed then.
         """
-        until = self._now() + self.lock_ms / 1000
+        until = self._now() + self._lock_s
         # BullMQ packs ids as UTF-8, and would refuse all of them for one that is not.
         ids = {claim.id: claim.token for claim in claims if is_utf8(claim.id)}
         failed: set[str] = set()
@@ -215,11 +214,11 @@ class JobQueue:
 
     async def holds(self, claim: Claim) -> Hold:
         """Whose the job is now; an expired lock that nobody wanted is taken again."""
-        until = self._now() + self.lock_ms / 1000
+        until = self._now() + self._lock_s
         job_key, keys = self._base + claim.id, self._worker.keys
         answer = await self._hold(
             keys=[job_key + ":lock", job_key, keys["active"], keys["stalled"]],
-            args=[claim.token, claim.id, claim.job.attemptsStarted, self.lock_ms],
+            args=[claim.token, claim.id, claim.attempts_started, self.lock_ms],
         )
         if answer == Hold.OURS.value:
             claim.locked_until = until
@@ -249,17 +248,16 @@ class JobQueue:
                 pause = min(pause * 2, OUTAGE_PAUSE_MAX)
                 await self.connected()
 
-    async def make_sure_of(self, claim: Claim, *, ask: bool = False) -> None:
-        """Ask Redis, over every outage, whose the job is, if its lock may have expired.
+    def is_surely_ours(self, claim: Claim) -> bool:
+        """Whether its lock can't have expired yet."""
+        return self._now() < claim.locked_until
 
-        Args:
-            ask: also if it surely has not.
+    async def make_sure_of(self, claim: Claim) -> None:
+        """Ask Redis, over every outage, whose the job is.
 
         Raises:
             LockLostError: another worker has it; nothing may be recorded for this attempt.
         """
-        if self._now() < claim.locked_until and not ask:
-            return
         if await self.insist(lambda: self.holds(claim)) is Hold.LOST:
             raise LockLostError("its lock expired, and another worker took the job over")
 
@@ -286,7 +284,7 @@ class JobQueue:
     # BullMQ's script breaks on the job, and redis-py's ConnectionError if the reply was lost: then
     # nobody knows whether it was done, and `holds` tells.
 
-    async def complete(self, claim: Claim, value: Any, *, fetch_next: bool) -> Reply:
+    def complete(self, claim: Claim, value: Any, *, fetch_next: bool) -> Awaitable[Reply]:
         """Move the job to completed.
 
         Args:
@@ -297,14 +295,9 @@ class JobQueue:
         """
         keep = self._keep(claim, "removeOnComplete")
         keys, args = self._completion_arguments(
-            claim.job,
-            dump(value),
-            keep,
-            token=claim.token,
-            fetch_next=fetch_next,
-            now_ms=_now_ms(),
+            claim, dump(value), keep, fetch_next=fetch_next, now_ms=_now_ms()
         )
-        return await self._acknowledge("moveToFinished", keys, args, claim)
+        return self._acknowledge("moveToFinished", keys, args, claim)
 
     async def fail(
         self, claim: Claim, reason: str, stack_trace: str | None, *, fetch_next: bool
@@ -378,7 +371,7 @@ class JobQueue:
         except ResponseError as error:
             raise MalformedJobError(str(error)) from error
         if isinstance(raw, list):
-            return self._read(raw2NextJobData(raw), claim.token, asked_at)
+            return self._read(_next_job_data(raw), claim.token, asked_at)
         code = int(raw or 0)
         if code in _LOST:
             raise LockLostError(ErrorCode(code).name)
@@ -388,15 +381,20 @@ class JobQueue:
 
     def _keep(self, claim: Claim, option: str) -> Any:
         """The job's own word on what to keep of finished jobs; else the worker's, else all."""
-        return claim.job.opts.get(option, self._options.get(option, False))
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
+        return claim.options.get(option, self._options.get(option, False))
 
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def _next_job_data(raw: Sequence[Any]) -> tuple[dict[str, str] | None, str, Any, Any]:
+    """As bullmq's `raw2NextJobData`, at a fraction of its cost."""
+    fields, job_id, limited_ms, delayed_until = (*raw, None, None)[:4] if raw else _NO_JOB
+    if not fields:
+        return None, job_id, limited_ms, delayed_until
+    pairs = iter(fields)
+    return dict(zip(pairs, pairs, strict=True)), job_id, limited_ms, delayed_until
 
 
 def _failure_fields(job: Job, reason: str, stack_trace: str | None) -> dict[str, str]:

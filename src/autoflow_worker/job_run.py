@@ -25,7 +25,7 @@ from autoflow_worker.claim import (
     Reply,
 )
 from autoflow_worker.errors import NotStorableError, PayloadError
-from autoflow_worker.execution import Outcome, execute
+from autoflow_worker.execution import Outcome, TimeLimit, execute
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.fetcher import Fetcher
 from autoflow_worker.job_history import JobHistory
@@ -57,26 +57,29 @@ class JobRun:
         task: the job's task.
         queue: its queue.
         fetcher: says whether an acknowledgement is to bring the next job.
+        limit: the task's time limit.
         claim: the job.
         history: its row.
         owner: the beginning of the slot's tokens, by which Redis knows its jobs.
     """
 
-    __slots__ = ("_claim", "_fetcher", "_history", "_owner", "_queue", "_task")
+    __slots__ = ("_claim", "_fetcher", "_history", "_limit", "_owner", "_queue", "_task")
 
     def __init__(
         self,
         task: TaskDefinition[Any],
         queue: JobQueue,
         fetcher: Fetcher,
+        limit: TimeLimit,
+        *,
         claim: Claim,
         history: JobHistory,
-        *,
         owner: str,
     ) -> None:
         self._task = task
         self._queue = queue
         self._fetcher = fetcher
+        self._limit = limit
         self._claim = claim
         self._history = history
         self._owner = owner
@@ -87,14 +90,15 @@ class JobRun:
         Raises:
             LockLostError: another worker has the job; nothing was recorded for this attempt.
         """
-        job = self._claim.job
-        # The process may have stood still since it asked for the job.
-        await self._queue.make_sure_of(self._claim)
-        if job.repeatJobKey:
-            await self._advance_scheduler()
-        if never := self._claim.malformed or job.deferredFailure:
-            return await self._fail(UnrecoverableError(never))
-        data = job.data
+        queue, claim = self._queue, self._claim
+        if not queue.is_surely_ours(claim):
+            # The process has stood still since it asked for the job.
+            await queue.make_sure_of(claim)
+        if claim.scheduler:
+            await self._advance_scheduler(claim.scheduler)
+        if claim.never:
+            return await self._fail(UnrecoverableError(claim.never))
+        data = claim.data
         correlation_id = None
         if isinstance(data, dict):
             data = dict(data)
@@ -105,17 +109,19 @@ class JobRun:
             return await self._fail(error)
         failpoint("before-active-row")
         # Not the time of the write: it tells claims apart, and a stale one must look stale.
-        started = record.active_patch(now_ms=self._claim.claimed_ms, attempt=self._claim.attempt)
+        started = record.active_patch(now_ms=claim.claimed_ms, attempt=claim.attempt)
         verdict = await self._history.start(started)
         failpoint("after-active-row")
         if verdict is Verdict.CANCELLED:
-            send = partial(self._queue.fail, self._claim, "the task is cancelled", None)
+            send = partial(queue.fail, claim, "the task is cancelled", None)
             return await self._acknowledge(send)
-        await self._queue.make_sure_of(self._claim)
+        if not queue.is_surely_ours(claim):
+            await queue.make_sure_of(claim)
         failpoint("handler-start")
-        outcome = await execute(self._task, payload, self._context(correlation_id))
+        outcome = await execute(self._task, payload, self._context(correlation_id), self._limit)
         failpoint("handler-end")
-        await self._queue.make_sure_of(self._claim)
+        if not queue.is_surely_ours(claim):
+            await queue.make_sure_of(claim)
         if isinstance(outcome.error, DelayedError | WaitingChildrenError):
             return await self._moved(outcome.error)
         if outcome.error is not None:
@@ -123,13 +129,14 @@ class JobRun:
         return await self._complete(outcome)
 
     def _context(self, correlation_id: object) -> TaskContext:
+        claim = self._claim
         return TaskContext(
-            task_id=self._claim.id,
+            task_id=claim.id,
             correlation_id=correlation_id if isinstance(correlation_id, str) else str(uuid4()),
-            queue_name=self._task.queue_name,
-            attempt=self._claim.attempt,
-            max_attempts=self._claim.max_attempts,
-            job=self._claim.job,
+            queue_name=self._queue.name,
+            attempt=claim.attempt,
+            max_attempts=claim.max_attempts,
+            make_job=lambda: claim.job,
         )
 
     async def _complete(self, outcome: Outcome) -> Reply:
@@ -264,7 +271,7 @@ class JobRun:
             queue, reason = self._queue.name, str(refusal)
             log.error("job_not_buried", queue=queue, task_id=self._claim.id, reason=reason)
 
-    async def _advance_scheduler(self) -> None:
+    async def _advance_scheduler(self, scheduler: str) -> None:
         try:
             await self._queue.insist(lambda: self._queue.advance_scheduler(self._claim))
         except Exception as error:
@@ -272,7 +279,7 @@ class JobRun:
             log.error(
                 "job_scheduler_not_advanced",
                 queue=self._queue.name,
-                scheduler=self._claim.job.repeatJobKey,
+                scheduler=scheduler,
                 reason=str(error),
             )
 

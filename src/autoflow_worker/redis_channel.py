@@ -10,6 +10,7 @@ import asyncio
 import math
 import re
 from collections import deque
+from collections.abc import Awaitable
 from typing import Any, Final, cast
 
 import hiredis
@@ -139,8 +140,10 @@ class Channel:
         """Wait until there is a connection, however long it takes."""
         await self._connected.wait()
 
-    async def execute(self, args: tuple[Any, ...], *, patience: float = REPLY_PATIENCE) -> Any:
-        """Send one command and wait for its reply.
+    def execute(self, args: tuple[Any, ...], *, patience: float = REPLY_PATIENCE) -> Awaitable[Any]:
+        """Send one command; what is returned waits for its reply.
+
+        No coroutine, as it is on every job's way: one that is connected has nothing to wait for.
 
         Args:
             patience: seconds of silence after which the connection counts as half-open; the
@@ -150,8 +153,16 @@ class Channel:
             redis.exceptions.ConnectionError: there is no connection, or it broke before the reply.
             redis.exceptions.ResponseError: the server's own error.
         """
+        if self._link is None:
+            return self._execute_once_connected(args, patience)
+        return self._send(args, patience)
+
+    async def _execute_once_connected(self, args: tuple[Any, ...], patience: float) -> Any:
         while self._link is None:
             await self._await_connection()
+        return await self._send(args, patience)
+
+    def _send(self, args: tuple[Any, ...], patience: float) -> asyncio.Future[Any]:
         packed = _pack(args)
         idle = not self._waiting
         if idle:
@@ -165,7 +176,7 @@ class Channel:
         if idle or len(self._outbox) >= FULL_OUTBOX:
             # Whoever is alone has nobody to wait for.
             self._flush()
-        return await reply
+        return reply
 
     async def _await_connection(self) -> None:
         if self._closing:

@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, cast
 
 import structlog
 from redis.asyncio import ConnectionPool, Redis
@@ -102,17 +102,23 @@ class PipelinedRedis(Redis):
             registered = self._scripts[script] = _Script(self, script)
         return registered
 
-    async def evalsha(self, sha: str, numkeys: int, *keys_and_args: Any) -> Any:
+    async def run_script(self, script: "_Script", keys: Sequence[Any], args: Sequence[Any]) -> Any:
+        """Run a script by its digest; a server that does not know it yet gets it first."""
+        command = ("EVALSHA", script.sha, len(keys), *keys, *args)
         try:
-            reply = await self._shared.execute(("EVALSHA", sha, numkeys, *keys_and_args))
+            try:
+                reply = await self._shared.execute(command)
+            except NoScriptError:
+                await self.script_load(script.script)
+                reply = await self._shared.execute(command)
         except WrongServerError:
             raise
         except ServerNotReadyError as error:
             if not self._refused:
                 log.warning("redis_refuses_scripts", reason=str(error))
-            self._refused.add(sha)
+            self._refused.add(script.sha)
             raise
-        if sha in self._refused:
+        if self._refused and script.sha in self._refused:
             self._refused.clear()
             log.warning("redis_takes_scripts_again")
         return reply
@@ -136,13 +142,8 @@ def _keepalive_of(url: str) -> dict[str, Any]:
 class _Script(AsyncScript):
     """As redis-py's, which looks at each call for a pipeline first."""
 
-    async def __call__(self, keys: Any = None, args: Any = None, client: Any = None) -> Any:
-        if client is None:
-            keys = keys or ()
-            try:
-                return await self.registered_client.evalsha(
-                    self.sha, len(keys), *keys, *(args or ())
-                )
-            except NoScriptError:
-                pass
-        return await super().__call__(keys, args, client)
+    def __call__(self, keys: Any = None, args: Any = None, client: Any = None) -> Any:
+        if client is not None:
+            return super().__call__(keys, args, client)
+        redis = cast(PipelinedRedis, self.registered_client)
+        return redis.run_script(self, keys or (), args or ())

@@ -59,7 +59,6 @@ class TaskOptions:
     concurrency: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskContext:
     """What a handler is told about its job, besides the payload.
 
@@ -69,15 +68,43 @@ class TaskContext:
         queue_name: the queue, which is the task's name.
         attempt: number of this run, from 1.
         max_attempts: how many runs the job has at most.
-        job: the bullmq ``Job``, for progress, logs, children and moving it.
     """
 
-    task_id: str
-    correlation_id: str
-    queue_name: str
-    attempt: int = 1
-    max_attempts: int = 1
-    job: "Job" = None
+    __slots__ = (
+        "_job",
+        "_make_job",
+        "attempt",
+        "correlation_id",
+        "max_attempts",
+        "queue_name",
+        "task_id",
+    )
+
+    def __init__(
+        self,
+        *,
+        task_id: str,
+        correlation_id: str,
+        queue_name: str,
+        attempt: int = 1,
+        max_attempts: int = 1,
+        job: "Job" = None,
+        make_job: "Callable[[], Job] | None" = None,
+    ) -> None:
+        self.task_id = task_id
+        self.correlation_id = correlation_id
+        self.queue_name = queue_name
+        self.attempt = attempt
+        self.max_attempts = max_attempts
+        self._job = job
+        self._make_job = make_job
+
+    @property
+    def job(self) -> "Job":
+        """The bullmq ``Job``, for progress, logs, children and moving it; made when asked for."""
+        if self._job is None and self._make_job is not None:
+            self._job = self._make_job()
+        return self._job
 
     @property
     def logger(self) -> "FilteringBoundLogger":

@@ -7,7 +7,6 @@ BullMQ is told. A crash in between runs the job again, and never leaves a row th
 """
 
 import asyncio
-from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
@@ -22,7 +21,7 @@ from autoflow_worker.claim import (
     MalformedJobError,
 )
 from autoflow_worker.errors import WorkerError
-from autoflow_worker.execution import UNWIND_PATIENCE
+from autoflow_worker.execution import UNWIND_PATIENCE, TimeLimit
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.fetcher import Fetcher
 from autoflow_worker.job_history import JobHistory
@@ -74,6 +73,7 @@ class TaskWorker:
         self._closed = False
         options = task.worker_options
         self._fetcher = Fetcher(queue, self._running, options.get("drainDelay", DRAIN_DELAY))
+        self._limit = TimeLimit(task.options.timeout_ms)
         self._slots: list[asyncio.Task[None]] = []
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -182,9 +182,19 @@ class TaskWorker:
     async def _attempt(self, claim: Claim, owner: str) -> Claim | None:
         """Run one job to its acknowledgement; the job that the acknowledgement brought."""
         # Not taken out when this is cancelled: `close` hands back what is left.
-        history = self._running[claim] = self._history_of(claim)
+        history = self._running[claim] = JobHistory(
+            self._recorder, self._queue, claim, record_unknown_jobs=self._record_unknown_jobs
+        )
         failpoint("after-claim")
-        run = JobRun(self.task, self._queue, self._fetcher, claim, history, owner=owner)
+        run = JobRun(
+            self.task,
+            self._queue,
+            self._fetcher,
+            self._limit,
+            claim=claim,
+            history=history,
+            owner=owner,
+        )
         following = None
         try:
             following = self._fetcher.take(await run.run())
@@ -198,12 +208,3 @@ class TaskWorker:
             await run.bury(error)
         del self._running[claim]
         return following
-
-    def _history_of(self, claim: Claim) -> JobHistory:
-        queue = self.task.queue_name
-        row_id = record.row_id(queue, claim.id)
-        new_row = None
-        if self._record_unknown_jobs:
-            new_row = partial(record.unknown_job_row, queue, claim.job)
-        make_sure = partial(self._queue.make_sure_of, claim, ask=True)
-        return JobHistory(self._recorder, row_id, queue, new_row, make_sure)

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from psycopg.types.json import Jsonb
 
 from autoflow_worker import record
-from autoflow_worker.claim import LockLostError
+from autoflow_worker.claim import Claim, LockLostError
 from autoflow_worker.job_history import JobHistory
 from autoflow_worker.recorder import StatusRecorder
 from autoflow_worker.writes import Verdict
@@ -51,6 +51,7 @@ OUTCOMES: dict[str, Row] = {
 @dataclass(eq=False)
 class Attempt:
     history: JobHistory
+    claim: Claim
     clock_ms: int
     started: bool = False
 
@@ -109,6 +110,16 @@ class Interleaving(RuleBasedStateMachine):
     def stale(self) -> list[Attempt]:
         return [a for a in self.attempts if a.started and a is not self.holder]
 
+    # -- the locks in Redis ----------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return QUEUE
+
+    async def make_sure_of(self, claim: Claim) -> None:
+        if self.holder is None or self.holder.claim is not claim:
+            raise LockLostError("another worker took the job over")
+
     # -- workers ---------------------------------------------------------------------------------
 
     @rule(skew_ms=st.integers(-5_000, 5_000))
@@ -118,14 +129,9 @@ class Interleaving(RuleBasedStateMachine):
         # Two claims of one job in the same millisecond can't be told apart; their locks can.
         assume(self.clock_ms + 1 + skew_ms not in {a.clock_ms for a in self.attempts})
         self.clock_ms += 1
-        attempt: Attempt
-
-        async def make_sure() -> None:
-            if self.holder is not attempt:
-                raise LockLostError("another worker took the job over")
-
-        history = JobHistory(self.stores.recorder, self.row_id, QUEUE, None, make_sure)
-        attempt = Attempt(history, self.clock_ms + skew_ms)
+        claim = Claim(None, {}, self.row_id, "token", 0.0)
+        history = JobHistory(self.stores.recorder, self, claim, record_unknown_jobs=False)
+        attempt = Attempt(history, claim, self.clock_ms + skew_ms)
         self.attempts.append(attempt)
         self.holder, self.waiting = attempt, False
 

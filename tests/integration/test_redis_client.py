@@ -246,8 +246,7 @@ async def test_a_blocking_command_is_not_taken_for_silence(redis_url: str, prefi
 async def test_a_client_that_is_closed_says_so(redis_url: str) -> None:
     client = PipelinedRedis(redis_url)
     await client.open(5)
-    pending = asyncio.create_task(client._shared.execute(("BLPOP", "nothing", 0)))
-    await asyncio.sleep(0)
+    pending = client._shared.execute(("BLPOP", "nothing", 0))
     await client.aclose()
     with pytest.raises(RedisConnectionError, match="is closed"):
         await pending

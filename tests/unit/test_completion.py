@@ -10,6 +10,7 @@ import pytest
 from bullmq import Job, Worker
 from redis.asyncio import Redis
 
+from autoflow_worker.claim import Claim, read_claim
 from autoflow_worker.completion import CompletionArguments
 
 JOBS: list[dict[str, Any]] = [
@@ -46,7 +47,8 @@ async def test_the_same_as_the_official_packages(redis: Redis) -> None:
             job.attemptsMade = 2
             theirs = worker.scripts.moveToCompletedArgs(job, value, keep, "a-token", fetch_next)
             text = json.dumps(value)
-            ours = arguments(job, text, keep, token="a-token", fetch_next=fetch_next, now_ms=0)
+            claim = _claim_of(job, token="a-token")
+            ours = arguments(claim, text, keep, fetch_next=fetch_next, now_ms=0)
             assert ours[0] == theirs[0]
             assert _read(ours[1]) == _read(theirs[1])
 
@@ -54,11 +56,16 @@ async def test_the_same_as_the_official_packages(redis: Redis) -> None:
 async def test_what_can_not_be_packed_leaves_nothing_behind(redis: Redis) -> None:
     worker = Worker("mail", None, {"connection": redis, "prefix": "p"})
     arguments = CompletionArguments(worker.keys, worker.opts)
-    job = Job(worker, "mail", {}, {}, "job-1")
-    expected = arguments(job, "1", 100, token="t", fetch_next=True, now_ms=0)
+    claim = _claim_of(Job(worker, "mail", {}, {}, "job-1"), token="t")
+    expected = arguments(claim, "1", 100, fetch_next=True, now_ms=0)
     with pytest.raises(OverflowError):
-        arguments(job, "1", {"age": 2**70}, token="t", fetch_next=True, now_ms=0)
-    assert arguments(job, "1", 100, token="t", fetch_next=True, now_ms=0) == expected
+        arguments(claim, "1", {"age": 2**70}, fetch_next=True, now_ms=0)
+    assert arguments(claim, "1", 100, fetch_next=True, now_ms=0) == expected
+
+
+def _claim_of(job: Job, *, token: str) -> Claim:
+    fields = {"name": job.name, "opts": json.dumps(job.opts), "atm": str(job.attemptsMade)}
+    return read_claim(job.queue, fields, job.id, token, 0)
 
 
 def _read(arguments: list[Any]) -> list[Any]:

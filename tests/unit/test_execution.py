@@ -12,6 +12,7 @@ from autoflow_worker.execution import (
     HandlerCancelledError,
     HandlerExitError,
     Outcome,
+    TimeLimit,
     TimeLimitError,
     execute,
 )
@@ -32,7 +33,13 @@ async def run(handler: Handler, timeout_ms: int | None = None) -> Outcome:
     task = define_task("q", handler, TaskOptions(timeout_ms=timeout_ms))
     assert not task.is_async
     context = TaskContext(task_id="t", correlation_id="c", queue_name="q")
-    return await execute(task, {"n": 1}, context)
+    return await execute(task, {"n": 1}, context, TimeLimit(timeout_ms))
+
+
+async def run_async(handler: AsyncHandler) -> Outcome:
+    task = define_task("q", handler, TaskOptions(timeout_ms=None))
+    context = TaskContext(task_id="t", correlation_id="c", queue_name="q")
+    return await execute(task, {"n": 1}, context, TimeLimit(None))
 
 
 async def test_what_it_returns_is_awaited_on_the_loop() -> None:
@@ -113,3 +120,34 @@ async def test_what_comes_too_late_to_be_awaited_is_no_result() -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     gc.collect()  # A coroutine that nobody has closed would complain here.
+
+
+async def test_one_timer_ends_each_attempt_at_its_own_time() -> None:
+    loop = asyncio.get_running_loop()
+    limit = TimeLimit(30)
+    late, quick, next_one = (loop.create_future() for _ in range(3))
+    limit.add(late)
+    limit.remove(limit.add(quick))
+    assert isinstance(await late, TimeLimitError)
+    began = loop.time()
+    limit.add(next_one)
+    assert isinstance(await next_one, TimeLimitError)
+    assert loop.time() - began >= 0.03
+    assert not quick.done()
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+async def test_a_handler_that_is_cancelled_before_it_runs_is_no_wait_without_end() -> None:
+    others = asyncio.all_tasks()
+
+    async def handler(payload: Payload, ctx: TaskContext) -> None:
+        await asyncio.Event().wait()
+
+    async def cancel_what_is_new() -> None:
+        for task in asyncio.all_tasks() - others - {running, asyncio.current_task()}:
+            task.cancel()
+
+    running = asyncio.create_task(run_async(handler))
+    canceller = asyncio.create_task(cancel_what_is_new())
+    assert isinstance((await running).error, HandlerCancelledError)
+    await canceller
