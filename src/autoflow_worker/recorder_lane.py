@@ -1,9 +1,6 @@
 """One connection to PostgreSQL, and the task that writes batches over it."""
 
 import asyncio
-import contextlib
-import os
-import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
@@ -11,11 +8,11 @@ import orjson
 import psycopg
 import structlog
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.types.json import Json
 
 from autoflow_worker.errors import DatabaseUnavailableError
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.masking import mask_secrets
+from autoflow_worker.postgres_link import PostgresLink
 from autoflow_worker.row_statements import (
     CONFLICTS,
     CONNECTION_DEFAULTS,
@@ -79,9 +76,9 @@ class Lane:
     def __init__(self, source: Source, url: str, index: int) -> None:
         self._source = source
         options: dict[str, Any] = {**CONNECTION_DEFAULTS, **conninfo_to_dict(url)}
-        self._conninfo = make_conninfo("", **options)
+        self._conninfo = make_conninfo("", **(options | {"client_encoding": "UTF8"}))
         self._index = index
-        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._link: PostgresLink | None = None
         self._work = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
@@ -105,7 +102,7 @@ class Lane:
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    await self.connection()
+                    await self.link()
             except TimeoutError:
                 raise DatabaseUnavailableError(
                     f"PostgreSQL can't be reached within {timeout:g} s: it gives no answer"
@@ -137,11 +134,8 @@ class Lane:
         self._work.set()
 
     async def close(self) -> None:
-        if self.batch and self._connection is not None and not self._connection.closed:
-            # psycopg would ask a server that may be away, for seconds, to cancel the statement.
-            duplicate = socket.socket(fileno=os.dup(self._connection.fileno()))
-            with duplicate, contextlib.suppress(OSError):
-                duplicate.shutdown(socket.SHUT_RDWR)
+        if self.batch and self._link is not None:
+            self._link.abort()
             # The writes are given up, so the lane ends with its statement; unless it is dead.
             idle = asyncio.ensure_future(self.idle.wait())
             ends = {idle} if self.task is None else {idle, self.task}
@@ -152,22 +146,20 @@ class Lane:
             await asyncio.wait({self.task})
         await self._disconnect()
 
-    async def connection(self) -> psycopg.AsyncConnection[Any]:
-        if self._connection is None:
-            self._connection = await _connect(self._conninfo)
-        return self._connection
+    async def link(self) -> PostgresLink:
+        if self._link is None:
+            self._link = await _connect(self._conninfo)
+        return self._link
 
     async def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.close()
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close()
 
     async def _run(self) -> None:
         while True:
             await self._work.wait()
             self._work.clear()
-            # One turn of the loop lets everything that is ready now into the same batch.
-            await asyncio.sleep(0)
             if self._index == 0 or await self._can_help():
                 await self._work_off()
             self.idle.set()
@@ -178,7 +170,7 @@ class Lane:
     async def _can_help(self) -> bool:
         """Connect before taking anything: it would wait here while another lane could write it."""
         try:
-            await self.connection()
+            await self.link()
         except (psycopg.Error, OSError):
             await asyncio.sleep(RETRY_PAUSE_MAX)
             return False
@@ -249,9 +241,9 @@ class Lane:
 
     async def _without_locked(self, writes: Sequence[Write]) -> list[Write]:
         """Put off the writes whose rows somebody has locked; the others."""
-        connection = await self.connection()
-        cursor = await connection.execute(LOCKED, {"ids": [write.row_id for write in writes]})
-        locked = {row[0] for row in await cursor.fetchall()}
+        link = await self.link()
+        rows = await link.execute(LOCKED, _as_json([write.row_id for write in writes]))
+        locked = {row[0] for row in rows}
         for write in writes:
             if write.row_id in locked:
                 self._put_off(write, "somebody has locked the row")
@@ -263,13 +255,12 @@ class Lane:
         self.batch.remove(write)
         self._source.postpone(write)
 
-    async def _update(self, writes: Sequence[Write]) -> set[str]:
+    async def _update(self, writes: Sequence[Write]) -> set[str | None]:
         statement = RELAXED_UPDATE if all(w.is_start for w in writes) else DURABLE_UPDATE
         parameter = _as_json([write.as_parameter() for write in writes])
-        connection = await self.connection()
+        link = await self.link()
         failpoint("batch-sent")
-        cursor = await connection.execute(statement, (parameter,))
-        return {row[0] for row in await cursor.fetchall()}
+        return {row[0] for row in await link.execute(statement, parameter)}
 
     async def _write_smallest(self, write: Write, error: Exception) -> None:
         if write.is_smallest:
@@ -284,9 +275,9 @@ class Lane:
 
     async def _explain(self, writes: Sequence[Write]) -> None:
         """Find out why rows were not written: each reason has its own way on."""
-        connection = await self.connection()
-        cursor = await connection.execute(LOOK, ([write.row_id for write in writes],))
-        rows = {row[0]: row[1:] for row in await cursor.fetchall()}
+        link = await self.link()
+        found = await link.execute(LOOK, _as_json([write.row_id for write in writes]))
+        rows = {row[0]: row[1:] for row in found}
         again: list[Write] = []
         missing: list[Write] = []
         for write in writes:
@@ -327,29 +318,27 @@ class Lane:
             for write in writes
             if write.new_row
         ]
-        connection = await self.connection()
-        await connection.execute(INSERT, (_as_json(rows),))
+        link = await self.link()
+        await link.execute(INSERT, _as_json(rows))
 
 
-async def _connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
-    connection = await psycopg.AsyncConnection.connect(
-        conninfo, autocommit=True, prepare_threshold=0
-    )
+async def _connect(conninfo: str) -> PostgresLink:
+    connection = await psycopg.AsyncConnection.connect(conninfo, autocommit=True)
     try:
         await connection.execute(SESSION, prepare=False)
     except BaseException:
         await connection.close()
         raise
-    return connection
+    return PostgresLink(connection)
 
 
 def _unsettled(writes: Iterable[Write]) -> list[Write]:
     return [write for write in writes if not write.settled.done()]
 
 
-def _as_json(rows: Sequence[Mapping[str, Any]]) -> Json:
+def _as_json(rows: Sequence[object]) -> bytes:
     try:
-        return Json(orjson.dumps(rows), dumps=bytes)
+        return orjson.dumps(rows)
     except TypeError as error:  # which is how orjson refuses what it can't encode
         raise UnencodableError(str(error)) from error
 

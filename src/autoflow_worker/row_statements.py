@@ -76,7 +76,7 @@ CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.Serializatio
 _UPDATE: Final = """
 UPDATE tasks AS t
 SET data = t.data || p.patch, updated_at = timezone('utc', now())
-FROM json_to_recordset(%s::json)
+FROM json_to_recordset($1)
      AS p(id text, queue text, patch jsonb, since text, fence text, settles boolean){relaxed}
 WHERE t.id = p.id
   AND jsonb_typeof(t.data) = 'object'
@@ -97,15 +97,17 @@ RELAXED_UPDATE: Final = (
 INSERT: Final = """
 INSERT INTO tasks (id, data, created_at, updated_at)
 SELECT p.id, p.data, timezone('utc', now()), timezone('utc', now())
-FROM json_to_recordset(%s::json) AS p(id text, data jsonb)
+FROM json_to_recordset($1) AS p(id text, data jsonb)
 ON CONFLICT (id) DO NOTHING
 """
+# These two take a list of ids.
 LOCKED: Final = """
-WITH free AS MATERIALIZED (
-  SELECT id FROM tasks WHERE id = ANY(%(ids)s) FOR NO KEY UPDATE SKIP LOCKED)
-SELECT id FROM tasks WHERE id = ANY(%(ids)s) EXCEPT SELECT id FROM free
+WITH wanted AS MATERIALIZED (SELECT json_array_elements_text($1) AS id),
+free AS MATERIALIZED (
+  SELECT id FROM tasks WHERE id = ANY(ARRAY(SELECT id FROM wanted)) FOR NO KEY UPDATE SKIP LOCKED)
+SELECT id FROM tasks WHERE id = ANY(ARRAY(SELECT id FROM wanted)) EXCEPT SELECT id FROM free
 """
 LOOK: Final = """
 SELECT id, jsonb_typeof(data), data->>'queueName', data->>'status', data->>'startedAt'
-FROM tasks WHERE id = ANY(%s)
+FROM tasks WHERE id = ANY(ARRAY(SELECT json_array_elements_text($1)))
 """

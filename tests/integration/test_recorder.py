@@ -9,7 +9,6 @@ from typing import Any
 from urllib.parse import quote
 
 import orjson
-import psycopg
 import pytest
 
 from autoflow_worker import record, recorder, recorder_lane
@@ -651,10 +650,10 @@ async def test_rows_are_found_by_primary_key_whatever_the_tables_size(
     if size:
         await db.execute("ANALYZE tasks")
     writes = [write(f"row-{number}", completed()) for number in range(500)]
-    parameter = orjson.dumps([w.as_parameter() for w in writes]).decode()
-    literal = psycopg.sql.Literal(parameter).as_string(db.connection)
-    session = await keeper._lanes[0].connection()
-    explained = await session.execute("EXPLAIN " + statement.replace("%s", literal))
-    plan = "\n".join(row[0] for row in await explained.fetchall())
+    link = await keeper._lanes[0].link()
+    explained = await link.execute(
+        "EXPLAIN " + statement, orjson.dumps([w.as_parameter() for w in writes])
+    )
+    plan = "\n".join(str(row[0]) for row in explained)
     assert "using tasks_pkey" in plan
     assert "Seq Scan" not in plan

@@ -17,7 +17,7 @@ ORDER = """
     worker_options payload task loader
     digits cleaning storable failure record
     execution retry
-    writes row_statements recorder_lane recorder database
+    writes row_statements postgres_link recorder_lane recorder database
     redis_channel redis_client fitness queue_scripts claim completion job_queue
     fetcher keepers job_history job_run task_worker
     new_rows scheduler
@@ -29,11 +29,13 @@ ORDER = """
 
 # Who may import what; everyone else goes through these.
 DRIVERS = {
-    # recorder_lane writes the rows, by row_statements; database makes and judges the table before;
-    # connection_urls asks libpq whether it can read a URL; new_rows writes those of new tasks;
+    # recorder_lane writes the rows, by row_statements over a postgres_link; database makes and
+    # judges the table before; connection_urls asks libpq whether it can read a URL; new_rows
+    # writes those of new tasks;
     # reconcile reads rows that no worker is writing; demo_jobs reads and cancels as the API does.
     "psycopg": {
         "row_statements",
+        "postgres_link",
         "recorder_lane",
         "database",
         "connection_urls",

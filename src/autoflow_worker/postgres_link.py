@@ -1,0 +1,145 @@
+"""A connection to PostgreSQL whose statements cost little of the event loop's time.
+
+For each statement, psycopg asks the event loop to watch the connection's socket, and to stop it
+again: a dozen system calls. Here it is watched as long as the connection lives. Connecting, with
+all options of libpq, libpq itself and the exceptions stay psycopg's own.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import psycopg
+from psycopg.errors import error_from_result
+from psycopg.pq import ExecStatus
+from psycopg.pq.abc import PGresult
+
+JSON_OID: Final = 114
+"""PostgreSQL's number for the type json."""
+
+Row = tuple[str | None, ...]
+
+
+class PostgresLink:
+    """Executes statements with one JSON parameter each, one at a time.
+
+    Args:
+        connection: psycopg's, open, in autocommit mode, of encoding UTF-8; closed with the link.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._connection = connection
+        self._libpq = connection.pgconn
+        # libpq closes it by itself when the connection is lost, and then tells its number no more.
+        self._socket = self._libpq.socket
+        self._loop = asyncio.get_running_loop()
+        self._names: dict[str, bytes] = {}
+        self._reply: asyncio.Future[PGresult] | None = None
+        self._result: PGresult | None = None
+        self._lost: Exception | None = None
+        self._is_full = False
+        self._loop.add_reader(self._socket, self._read)
+
+    async def execute(self, statement: str, parameter: bytes) -> list[Row]:
+        """Execute a statement; the rows that it returns, as text.
+
+        Args:
+            statement: `$1` is its parameter; it is prepared when it is first executed.
+            parameter: JSON.
+
+        Raises:
+            psycopg.Error: the server's own, or the connection is lost.
+        """
+        name = self._names.get(statement)
+        if name is None:
+            name = b"autoflow_%d" % len(self._names)
+            await self._ask(self._libpq.send_prepare, name, statement.encode(), [JSON_OID])
+            self._names[statement] = name
+        result = await self._ask(self._libpq.send_query_prepared, name, [parameter])
+        columns = range(result.nfields)
+        return [
+            tuple(_text(result.get_value(row, column)) for column in columns)
+            for row in range(result.ntuples)
+        ]
+
+    def _ask(self, send: Callable[..., None], *args: Any) -> asyncio.Future[PGresult]:
+        assert self._reply is None, "one statement at a time"
+        if self._lost is not None:
+            raise self._lost
+        send(*args)
+        self._reply = self._loop.create_future()
+        self._flush()
+        return self._reply
+
+    def _flush(self) -> None:
+        """Send what libpq holds; the rest, when the socket takes it."""
+        try:
+            is_full = self._libpq.flush() != 0
+        except Exception as error:
+            self._lose(error)
+            return
+        if is_full and not self._is_full:
+            self._loop.add_writer(self._socket, self._flush)
+        elif self._is_full and not is_full:
+            self._loop.remove_writer(self._socket)
+        self._is_full = is_full
+
+    def _read(self) -> None:
+        """Take what has come: a reply, a part of one, or the connection's end."""
+        try:
+            self._libpq.consume_input()
+            while not self._libpq.is_busy():
+                result = self._libpq.get_result()
+                if result is None:
+                    break
+                self._result = result
+            else:
+                return
+        except Exception as error:
+            self._lose(error)
+            return
+        reply, self._reply = self._reply, None
+        result, self._result = self._result, None
+        if reply is None or reply.done() or result is None:
+            return
+        if result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+            reply.set_result(result)
+        else:
+            reply.set_exception(error_from_result(result))
+
+    def _lose(self, error: Exception) -> None:
+        """The connection is lost; or this code is wrong, and its caller has to hear that too."""
+        self._ignore_socket()
+        if self._result is not None and self._result.status == ExecStatus.FATAL_ERROR:
+            error = error_from_result(self._result)  # the server's own last words
+        self._lost = error
+        if self._reply is not None and not self._reply.done():
+            self._reply.set_exception(error)
+
+    def _ignore_socket(self) -> None:
+        if self._lost is None:
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+
+    def abort(self) -> None:
+        """Break the connection, so that what runs fails at once.
+
+        psycopg would ask a server that may be away, for seconds, to cancel the statement.
+        """
+        if self._lost is None:
+            duplicate = socket.socket(fileno=os.dup(self._socket))
+            with duplicate, suppress(OSError):
+                duplicate.shutdown(socket.SHUT_RDWR)
+
+    async def close(self) -> None:
+        """Close the connection. May be called twice."""
+        self._ignore_socket()
+        self._lost = psycopg.OperationalError("the connection is closed")
+        await self._connection.close()
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode()
