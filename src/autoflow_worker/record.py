@@ -186,7 +186,7 @@ def iso(ms: float) -> str:
     # Written so that NaN fails the first comparison.
     if not ms >= 0:
         ms = 0
-    seconds, millis = divmod(int(ms if ms < _LAST_MS else _LAST_MS), 1000)
+    seconds, millis = divmod(int(min(ms, _LAST_MS)), 1000)
     return f"{_second(seconds)}.{millis:03}Z"
 
 
