@@ -68,15 +68,12 @@ class JobHistory:
             LockLostError: the job is not ours any more; nothing was written.
         """
         self._start = patch
-        verdict = await self._write_start(patch, since=patch["startedAt"])
+        write = self._submit(patch, may_insert=True, since=patch["startedAt"])
+        verdict = await write.ready
         if verdict is Verdict.CONTESTED:
             await self._queue.make_sure_of(self._claim)
-            verdict = await self._write_start(patch, since=None)
-        return verdict
-
-    async def _write_start(self, patch: Mapping[str, Any], since: str | None) -> Verdict:
-        write = self._write(patch, may_insert=True, since=since)
-        verdict = await self._recorder.submit(write).ready
+            write = self._submit(patch, may_insert=True)
+            verdict = await write.ready
         self._late = write if verdict is Verdict.LATE else None
         self._recorded = verdict is not Verdict.MISSING
         return verdict
@@ -91,7 +88,8 @@ class JobHistory:
         if verdict is Verdict.CONTESTED:
             await self._queue.make_sure_of(self._claim)
             # The row may know nothing of this attempt: a crash of PostgreSQL can lose a start.
-            verdict = await self._write_outcome({**(self._start or {}), **patch}, fence=None)
+            patch = {**(self._start or {}), **patch}
+            verdict = await self._submit(patch, may_insert=self._start is None).settled
         failpoint("after-commit")
         return verdict
 
@@ -103,14 +101,10 @@ class JobHistory:
         if not self._recorded:
             return Verdict.MISSING
         fence = None if self._start is None else self._start["startedAt"]
-        return await self._write_outcome(patch, fence)
-
-    async def _write_outcome(self, patch: Mapping[str, Any], fence: str | None) -> Verdict:
         # A row that is gone after the start was deleted by the API, and stays deleted.
-        write = self._write(patch, may_insert=self._start is None, fence=fence)
-        return await self._recorder.submit(write).settled
+        return await self._submit(patch, may_insert=self._start is None, fence=fence).settled
 
-    def _write(
+    def _submit(
         self,
         patch: Mapping[str, Any],
         *,
@@ -118,8 +112,13 @@ class JobHistory:
         since: str | None = None,
         fence: str | None = None,
     ) -> Write:
-        new_row = self._unknown_row if may_insert and self._record_unknown_jobs else None
-        text = record.encode(dict(patch))
-        return Write(
-            self._row_id, self._queue.name, patch, text, since=since, fence=fence, new_row=new_row
+        write = Write(
+            self._row_id,
+            self._queue.name,
+            patch,
+            record.encode(dict(patch)),
+            since=since,
+            fence=fence,
+            new_row=self._unknown_row if may_insert and self._record_unknown_jobs else None,
         )
+        return self._recorder.submit(write)

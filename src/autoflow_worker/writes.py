@@ -85,14 +85,19 @@ class Write:
             self.ready.set_result(Verdict.LATE)
 
     def as_parameter(self) -> dict[str, Any]:
-        return {
+        """What the UPDATE takes of it; what is left out is null there."""
+        about: dict[str, Any] = {
             "id": self.row_id,
             "queue": self.queue,
             "patch": orjson.Fragment(self.text),
-            "since": self.since,
-            "fence": self.fence,
-            "settles": self.patch.get("status") == "completed",
         }
+        if self.since is not None:
+            about["since"] = self.since
+        if self.fence is not None:
+            about["fence"] = self.fence
+        if self.patch.get("status") == "completed":
+            about["settles"] = True
+        return about
 
 
 class Recorder(Protocol):
