@@ -27,10 +27,13 @@ class NoHistory:
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
-    async def start(self, _patch: Any) -> Verdict:
+    async def start(self) -> Verdict:
         return Verdict.WRITTEN
 
-    finish = follow = start
+    async def finish(self, _patch: Any) -> Verdict:
+        return Verdict.WRITTEN
+
+    follow = finish
 
 
 if __name__ == "__main__":

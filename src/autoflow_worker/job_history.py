@@ -61,12 +61,14 @@ class JobHistory:
     def _unknown_row(self) -> Mapping[str, Any]:
         return record.unknown_job_row(self._queue.name, self._claim.job)
 
-    async def start(self, patch: Mapping[str, Any]) -> Verdict:
+    async def start(self) -> Verdict:
         """Record the start; with a limit to the wait, after which the write follows by itself.
 
         Raises:
             LockLostError: the job is not ours any more; nothing was written.
         """
+        # Not the time of the write: it tells claims apart, and a stale one must look stale.
+        patch = record.active_patch(now_ms=self._claim.claimed_ms, attempt=self._claim.attempt)
         self._start = patch
         write = self._submit(patch, may_insert=True, since=patch["startedAt"])
         verdict = await write.ready

@@ -108,9 +108,7 @@ class JobRun:
         except PayloadError as error:
             return await self._fail(error)
         failpoint("before-active-row")
-        # Not the time of the write: it tells claims apart, and a stale one must look stale.
-        started = record.active_patch(now_ms=claim.claimed_ms, attempt=claim.attempt)
-        verdict = await self._history.start(started)
+        verdict = await self._history.start()
         failpoint("after-active-row")
         if verdict is Verdict.CANCELLED:
             send = partial(queue.fail, claim, "the task is cancelled", None)

@@ -130,6 +130,7 @@ class Interleaving(RuleBasedStateMachine):
         assume(self.clock_ms + 1 + skew_ms not in {a.clock_ms for a in self.attempts})
         self.clock_ms += 1
         claim = Claim(None, {}, self.row_id, "token", 0.0)
+        claim.claimed_ms, claim.attempts_made = self.clock_ms + skew_ms, 0
         history = JobHistory(self.stores.recorder, self, claim, record_unknown_jobs=False)
         attempt = Attempt(history, claim, self.clock_ms + skew_ms)
         self.attempts.append(attempt)
@@ -144,7 +145,7 @@ class Interleaving(RuleBasedStateMachine):
         before = self.row
         patch = record.active_patch(now_ms=attempt.clock_ms, attempt=1)
         try:
-            verdict = self.stores.run(attempt.history.start(patch))
+            verdict = self.stores.run(attempt.history.start())
         except LockLostError:
             assert attempt is not self.holder
             assert self.row == before, "a stale attempt changes nothing"
