@@ -33,7 +33,7 @@ class NoHistory:
     async def finish(self, _patch: Any) -> Verdict:
         return Verdict.WRITTEN
 
-    follow = finish
+    complete = follow = finish
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import orjson
 from bullmq import Job, Worker
 
 # Numbers as JavaScript prints them, other than plain digits.
@@ -48,6 +49,7 @@ class Claim:
         id: the job's.
         data: what the producer put into it.
         options: BullMQ's job options, by their long names.
+        attempt: the number of this attempt, from 1.
         attempts_made: attempts that ended before this one, as BullMQ counts them.
         attempts_started: claims of this job, this one included.
         max_attempts: how many attempts the job has at most.
@@ -63,6 +65,7 @@ class Claim:
         "_fields",
         "_job",
         "_queue",
+        "attempt",
         "attempts_made",
         "attempts_started",
         "claimed_ms",
@@ -79,6 +82,7 @@ class Claim:
 
     data: Any
     options: dict[str, Any]
+    attempt: int
     attempts_made: int
     attempts_started: int
     max_attempts: int
@@ -103,11 +107,6 @@ class Claim:
         self.never: str | None = None
 
     @property
-    def attempt(self) -> int:
-        """The number of this attempt, from 1; a counter that is none counts from there."""
-        return min(max(self.attempts_made, 0), 2**53 - 2) + 1
-
-    @property
     def job(self) -> Job:
         """bullmq's `Job`, of a malformed one only what could be read; made when it is asked for."""
         if self._job is None:
@@ -127,7 +126,7 @@ class Claim:
         fields = self._fields
         if not fields.keys() <= _PLAIN_FIELDS or "name" not in fields or not is_utf8(self.id):
             return False
-        options = _parse(fields["opts"])
+        options = orjson.loads(fields["opts"])
         if not options.keys() <= _PLAIN_OPTIONS or type(options.get("backoff", {})) is not dict:
             return False
         for option in ("attempts", "removeOnComplete", "removeOnFail"):
@@ -138,7 +137,7 @@ class Claim:
             int(fields[number])
         self.data = _parse(fields["data"])
         self.options = options
-        self.attempts_made = 0
+        self.attempts_made, self.attempt = 0, 1
         self.attempts_started = int(fields["ats"])
         self.max_attempts = options.get("attempts", 1)
         self.claimed_ms = int(fields["processedOn"])
@@ -161,6 +160,8 @@ class Claim:
         self.data = job.data
         self.options = job.opts
         self.attempts_made = int(job.attemptsMade)
+        # A counter that is none counts from 1.
+        self.attempt = min(max(self.attempts_made, 0), 2**53 - 2) + 1
         self.attempts_started = job.attemptsStarted
         self.max_attempts = int(job.attempts)
         self.claimed_ms = int(job.processedOn)

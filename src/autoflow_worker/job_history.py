@@ -1,6 +1,7 @@
 """One attempt's entries in its job's row: the start, and the outcome."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol
 
 from autoflow_worker import record
@@ -79,6 +80,11 @@ class JobHistory:
         self._late = write if verdict is Verdict.LATE else None
         self._recorded = verdict is not Verdict.MISSING
         return verdict
+
+    def complete(self, result: record.Record) -> Awaitable[Verdict]:
+        """Record that the handler returned; see `finish`."""
+        now_ms = time.time_ns() // 1_000_000
+        return self.finish(record.completed_patch(now_ms=now_ms, result=result))
 
     async def finish(self, patch: Mapping[str, Any]) -> Verdict:
         """Record an outcome, however long it takes.

@@ -142,8 +142,7 @@ class JobRun:
             result = record.encoded_result(outcome.value, outcome.duration_ms)
         except NotStorableError as error:
             return await self._fail(error)
-        patch = record.completed_patch(now_ms=_now_ms(), result=result)
-        await self._history.finish(patch)
+        await self._history.complete(result)
         try:
             return await self._acknowledge(partial(self._queue.complete, self._claim, result))
         except ChildrenLeftError as error:

@@ -130,7 +130,7 @@ class Interleaving(RuleBasedStateMachine):
         assume(self.clock_ms + 1 + skew_ms not in {a.clock_ms for a in self.attempts})
         self.clock_ms += 1
         claim = Claim(None, {}, self.row_id, "token", 0.0)
-        claim.claimed_ms, claim.attempts_made = self.clock_ms + skew_ms, 0
+        claim.claimed_ms, claim.attempt = self.clock_ms + skew_ms, 1
         history = JobHistory(self.stores.recorder, self, claim, record_unknown_jobs=False)
         attempt = Attempt(history, claim, self.clock_ms + skew_ms)
         self.attempts.append(attempt)
