@@ -10,21 +10,18 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any
 
 import psycopg
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 
-JSON_OID: Final = 114
-"""PostgreSQL's number for the type json."""
-
 Row = tuple[str | None, ...]
 
 
 class PostgresLink:
-    """Executes statements with one JSON parameter each, one at a time.
+    """Executes statements, one at a time.
 
     Args:
         connection: psycopg's, open, in autocommit mode, of encoding UTF-8; closed with the link.
@@ -43,12 +40,12 @@ class PostgresLink:
         self._is_full = False
         self._loop.add_reader(self._socket, self._read)
 
-    async def execute(self, statement: str, parameter: bytes) -> list[Row]:
+    async def execute(self, statement: str, *parameters: bytes | None) -> list[Row]:
         """Execute a statement; the rows that it returns, as text.
 
         Args:
-            statement: `$1` is its parameter; it is prepared when it is first executed.
-            parameter: JSON.
+            statement: `$1` is its first parameter; it is prepared when it is first executed.
+            parameters: as text in UTF-8; None is null.
 
         Raises:
             psycopg.Error: the server's own, or the connection is lost.
@@ -56,9 +53,9 @@ class PostgresLink:
         name = self._names.get(statement)
         if name is None:
             name = b"autoflow_%d" % len(self._names)
-            await self._ask(self._libpq.send_prepare, name, statement.encode(), [JSON_OID])
+            await self._ask(self._libpq.send_prepare, name, statement.encode())
             self._names[statement] = name
-        result = await self._ask(self._libpq.send_query_prepared, name, [parameter])
+        result = await self._ask(self._libpq.send_query_prepared, name, parameters)
         columns = range(result.nfields)
         return [
             tuple(_text(result.get_value(row, column)) for column in columns)

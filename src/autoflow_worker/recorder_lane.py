@@ -16,15 +16,17 @@ from autoflow_worker.postgres_link import PostgresLink
 from autoflow_worker.row_statements import (
     CONFLICTS,
     CONNECTION_DEFAULTS,
-    DURABLE_UPDATE,
     INSERT,
     LOCKED,
     LOOK,
     REFUSED,
-    RELAXED_UPDATE,
     ROW_REFUSED,
     SESSION,
     UNSTORABLE,
+    UPDATE_MANY,
+    UPDATE_MANY_RELAXED,
+    UPDATE_ONE,
+    UPDATE_ONE_RELAXED,
     WORDS_OF_REFUSAL,
     UnencodableError,
 )
@@ -256,11 +258,16 @@ class Lane:
         self._source.postpone(write)
 
     async def _update(self, writes: Sequence[Write]) -> set[str | None]:
-        statement = RELAXED_UPDATE if all(w.is_start for w in writes) else DURABLE_UPDATE
-        parameter = _as_json([write.as_parameter() for write in writes])
+        relaxed = all(write.is_start for write in writes)
+        if len(writes) == 1:
+            statement = UPDATE_ONE_RELAXED if relaxed else UPDATE_ONE
+            parameters = _encoded(writes[0])
+        else:
+            statement = UPDATE_MANY_RELAXED if relaxed else UPDATE_MANY
+            parameters = [_as_json([write.as_json() for write in writes])]
         link = await self.link()
         failpoint("batch-sent")
-        return {row[0] for row in await link.execute(statement, parameter)}
+        return {row[0] for row in await link.execute(statement, *parameters)}
 
     async def _write_smallest(self, write: Write, error: Exception) -> None:
         if write.is_smallest:
@@ -340,6 +347,13 @@ def _as_json(rows: Sequence[object]) -> bytes:
     try:
         return orjson.dumps(rows)
     except TypeError as error:  # which is how orjson refuses what it can't encode
+        raise UnencodableError(str(error)) from error
+
+
+def _encoded(write: Write) -> list[bytes | None]:
+    try:
+        return write.as_parameters()
+    except UnicodeEncodeError as error:
         raise UnencodableError(str(error)) from error
 
 

@@ -76,9 +76,8 @@ CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.Serializatio
 _UPDATE: Final = """
 UPDATE tasks AS t
 SET data = t.data || p.patch, updated_at = timezone('utc', now())
-FROM json_to_recordset($1)
-     AS p(id text, queue text, patch jsonb, since text, fence text, settles boolean){relaxed}
-WHERE t.id = p.id
+FROM {patches} AS p{columns}
+WHERE {relaxed}t.id = p.id
   AND jsonb_typeof(t.data) = 'object'
   AND coalesce(t.data->>'queueName', p.queue) = p.queue
   AND (p.since IS NULL OR coalesce(t.data->>'startedAt', '') <= p.since COLLATE "C")
@@ -86,28 +85,37 @@ WHERE t.id = p.id
   AND (p.settles OR t.data->>'status' IS DISTINCT FROM 'cancelled')
 RETURNING t.id
 """
-DURABLE_UPDATE: Final = _UPDATE.format(relaxed="")
+_MANY: Final = {
+    "patches": "json_to_recordset($1::json)",
+    "columns": "(id text, queue text, patch jsonb, since text, fence text, settles boolean)",
+}
+# The same for one patch, which PostgreSQL needs a tenth less time for.
+_ONE: Final = {
+    "patches": "(SELECT $1::text, $2::text, $3::jsonb, $4::text, $5::text, $6::boolean)",
+    "columns": "(id, queue, patch, since, fence, settles)",
+}
 # A start that a crash of PostgreSQL loses is made good by its outcome, so it needn't wait for the
 # disk. Set inside the statement, it holds for this one transaction and needs no round trip.
-RELAXED_UPDATE: Final = (
-    "WITH relaxed AS MATERIALIZED"
-    " (SELECT set_config('synchronous_commit', 'off', true) AS value)\n"
-    + _UPDATE.format(relaxed=" JOIN relaxed ON relaxed.value = 'off'")
-)
+_RELAXED: Final = "(SELECT set_config('synchronous_commit', 'off', true)) = 'off' AND "
+
+UPDATE_MANY: Final = _UPDATE.format(relaxed="", **_MANY)
+UPDATE_MANY_RELAXED: Final = _UPDATE.format(relaxed=_RELAXED, **_MANY)
+UPDATE_ONE: Final = _UPDATE.format(relaxed="", **_ONE)
+UPDATE_ONE_RELAXED: Final = _UPDATE.format(relaxed=_RELAXED, **_ONE)
 INSERT: Final = """
 INSERT INTO tasks (id, data, created_at, updated_at)
 SELECT p.id, p.data, timezone('utc', now()), timezone('utc', now())
-FROM json_to_recordset($1) AS p(id text, data jsonb)
+FROM json_to_recordset($1::json) AS p(id text, data jsonb)
 ON CONFLICT (id) DO NOTHING
 """
 # These two take a list of ids.
 LOCKED: Final = """
-WITH wanted AS MATERIALIZED (SELECT json_array_elements_text($1) AS id),
+WITH wanted AS MATERIALIZED (SELECT json_array_elements_text($1::json) AS id),
 free AS MATERIALIZED (
   SELECT id FROM tasks WHERE id = ANY(ARRAY(SELECT id FROM wanted)) FOR NO KEY UPDATE SKIP LOCKED)
 SELECT id FROM tasks WHERE id = ANY(ARRAY(SELECT id FROM wanted)) EXCEPT SELECT id FROM free
 """
 LOOK: Final = """
 SELECT id, jsonb_typeof(data), data->>'queueName', data->>'status', data->>'startedAt'
-FROM tasks WHERE id = ANY(ARRAY(SELECT json_array_elements_text($1)))
+FROM tasks WHERE id = ANY(ARRAY(SELECT json_array_elements_text($1::json)))
 """

@@ -84,8 +84,13 @@ class Write:
             self.settled = asyncio.get_running_loop().create_future()
             self.ready.set_result(Verdict.LATE)
 
-    def as_parameter(self) -> dict[str, Any]:
-        """What the UPDATE takes of it; what is left out is null there."""
+    @property
+    def settles(self) -> bool:
+        """Whether it says that the work is done, which stands even against a cancellation."""
+        return self.patch.get("status") == "completed"
+
+    def as_json(self) -> dict[str, Any]:
+        """What the UPDATE of many rows takes of it; what is left out is null there."""
         about: dict[str, Any] = {
             "id": self.row_id,
             "queue": self.queue,
@@ -95,9 +100,15 @@ class Write:
             about["since"] = self.since
         if self.fence is not None:
             about["fence"] = self.fence
-        if self.patch.get("status") == "completed":
+        if self.settles:
             about["settles"] = True
         return about
+
+    def as_parameters(self) -> list[bytes | None]:
+        """What the UPDATE of one row takes of it, in the same order."""
+        settles = "true" if self.settles else "false"
+        texts = (self.row_id, self.queue, self.text, self.since, self.fence, settles)
+        return [None if text is None else text.encode() for text in texts]
 
 
 class Recorder(Protocol):

@@ -13,7 +13,12 @@ import pytest
 
 from autoflow_worker import record, recorder, recorder_lane
 from autoflow_worker.recorder import StatusRecorder
-from autoflow_worker.row_statements import DURABLE_UPDATE, RELAXED_UPDATE
+from autoflow_worker.row_statements import (
+    UPDATE_MANY,
+    UPDATE_MANY_RELAXED,
+    UPDATE_ONE,
+    UPDATE_ONE_RELAXED,
+)
 from autoflow_worker.writes import Verdict, Write
 from tests.support.database import Connection, Database, task_data
 from tests.support.until import until
@@ -638,9 +643,12 @@ async def test_connections_that_are_ended_are_replaced(db: Database) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 50_000])
-@pytest.mark.parametrize("statement", [DURABLE_UPDATE, RELAXED_UPDATE])
+@pytest.mark.parametrize(
+    ("statement", "count"),
+    [(UPDATE_ONE, 1), (UPDATE_ONE_RELAXED, 1), (UPDATE_MANY, 500), (UPDATE_MANY_RELAXED, 500)],
+)
 async def test_rows_are_found_by_primary_key_whatever_the_tables_size(
-    keeper: StatusRecorder, db: Database, size: int, statement: str
+    keeper: StatusRecorder, db: Database, size: int, statement: str, count: int
 ) -> None:
     await db.execute(
         "INSERT INTO tasks (id, data) SELECT 'row-' || n, %s FROM generate_series(1, %s::int) AS n",
@@ -649,11 +657,11 @@ async def test_rows_are_found_by_primary_key_whatever_the_tables_size(
     )
     if size:
         await db.execute("ANALYZE tasks")
-    writes = [write(f"row-{number}", completed()) for number in range(500)]
+    writes = [write(f"row-{number}", completed()) for number in range(count)]
+    many = [orjson.dumps([w.as_json() for w in writes])]
     link = await keeper._lanes[0].link()
-    explained = await link.execute(
-        "EXPLAIN " + statement, orjson.dumps([w.as_parameter() for w in writes])
-    )
+    parameters = writes[0].as_parameters() if count == 1 else many
+    explained = await link.execute("EXPLAIN " + statement, *parameters)
     plan = "\n".join(str(row[0]) for row in explained)
     assert "using tasks_pkey" in plan
     assert "Seq Scan" not in plan
