@@ -330,13 +330,14 @@ class Lane:
 
 
 async def _connect(conninfo: str) -> PostgresLink:
-    connection = await psycopg.AsyncConnection.connect(conninfo, autocommit=True)
+    link = PostgresLink(await psycopg.AsyncConnection.connect(conninfo, autocommit=True))
     try:
-        await connection.execute(SESSION, prepare=False)
+        # Not by psycopg: cancelled at a server that hangs, it would ask that for seconds to stop.
+        await link.execute(SESSION)
     except BaseException:
-        await connection.close()
+        await link.close()
         raise
-    return PostgresLink(connection)
+    return link
 
 
 def _unsettled(writes: Iterable[Write]) -> list[Write]:

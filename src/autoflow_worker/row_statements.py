@@ -10,11 +10,17 @@ LOCK_TIMEOUT: Final = "50ms"
 # A batch looks up each of its rows by primary key, whatever the planner believes of the table's
 # size: a plan made for a small table would read all of a grown one for every batch. Reading rows is
 # made dear, since large ones lie outside a table that then looks small.
-SESSION: Final = f"""
-SET lock_timeout = '{LOCK_TIMEOUT}';
-SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
-SET enable_material = off; SET cpu_tuple_cost = 1
-"""
+_SETTINGS: Final = {
+    "lock_timeout": LOCK_TIMEOUT,
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_material": "off",
+    "cpu_tuple_cost": "1",
+}
+SESSION: Final = "SELECT " + ", ".join(
+    f"set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items()
+)
 
 CONNECTION_DEFAULTS: Final = {
     "application_name": "autoflow-worker",
