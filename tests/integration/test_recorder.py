@@ -6,7 +6,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import orjson
 import pytest
@@ -665,3 +665,48 @@ async def test_rows_are_found_by_primary_key_whatever_the_tables_size(
     plan = "\n".join(str(row[0]) for row in explained)
     assert "using tasks_pkey" in plan
     assert "Seq Scan" not in plan
+
+
+# -- a server that hangs ---------------------------------------------------------------------------
+
+
+async def test_giving_up_a_connection_that_hangs_asks_nobody(db: Database) -> None:
+    """psycopg itself would connect once more, to have the statement cancelled, and wait for it."""
+    address = urlsplit(db.url)
+    accepted = 0
+    hanging = asyncio.Event()
+
+    async def serve(client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        server, to_server = await asyncio.open_connection(address.hostname, address.port)
+        answering = asyncio.create_task(pass_on(server, to_client))
+        while data := await client.read(65_536):
+            if b"lock_timeout" in data:
+                hanging.set()
+            else:
+                to_server.write(data)
+        await cancelled(answering)
+        to_server.close()
+        to_client.close()
+
+    proxy = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = proxy.sockets[0].getsockname()[1]
+    netloc = address.netloc.replace(f":{address.port}", f":{port}")
+    keeper = StatusRecorder(urlunsplit(address._replace(netloc=netloc)))
+    opening = asyncio.create_task(keeper.open(30))
+    await hanging.wait()
+    await cancelled(opening)
+    await keeper.close(1)
+    proxy.close()
+    assert accepted == 1
+
+
+async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65_536):
+        writer.write(data)
+
+
+async def cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
