@@ -17,7 +17,7 @@ import structlog
 
 from autoflow_worker.errors import PartDiedError
 from autoflow_worker.masking import mask_secrets
-from autoflow_worker.recorder_lane import MAX_BATCH, SLOW_BATCH, Lane
+from autoflow_worker.recorder_lane import LARGE_BATCH, MAX_BATCH, SLOW_BATCH, Lane
 from autoflow_worker.writes import Write
 
 log = structlog.get_logger(__name__)
@@ -37,8 +37,8 @@ class StatusRecorder:
 
     Args:
         url: libpq's connection URL.
-        max_connections: connections at most; one serves until more than `MAX_BATCH` patches wait,
-            or some wait for a batch that takes longer than `SLOW_BATCH`.
+        max_connections: connections at most; one serves until `LARGE_BATCH` patches wait, or some
+            wait for a batch that takes longer than `SLOW_BATCH`.
     """
 
     def __init__(self, url: str, *, max_connections: int = 1) -> None:
@@ -137,12 +137,12 @@ class StatusRecorder:
         """Set the lanes to work, if there is some."""
         if not self._waiting:
             return
-        # The first lane takes what there is; the others help when a batch is full, or slow.
+        # The first lane takes what there is; the others help when much waits, or one is slow.
         for index, lane in enumerate(self._lanes):
             if lane.idle.is_set():
-                lane.wake(1 if index == 0 else MAX_BATCH)
+                lane.wake(1 if index == 0 else LARGE_BATCH)
                 return
-            if len(self._waiting) < MAX_BATCH:
+            if len(self._waiting) < LARGE_BATCH:
                 break
         if self._helping is None and not self._closed:
             self._helping = asyncio.get_running_loop().call_later(SLOW_BATCH, self._help)

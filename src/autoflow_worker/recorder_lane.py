@@ -36,7 +36,10 @@ from autoflow_worker.writes import Verdict, Write
 log = structlog.get_logger(__name__)
 
 MAX_BATCH: Final = 500
-"""Patches in one statement, at most. A further connection is used when more than that wait."""
+"""Patches in one statement, at most."""
+
+LARGE_BATCH: Final = 100
+"""Patches that have to wait for a further connection to be used; fewer are cheaper in one batch."""
 
 SLOW_BATCH: Final = 0.02
 """Seconds after which a batch counts as slow, by its rows' size or a lock: others needn't wait."""
@@ -184,7 +187,7 @@ class Lane:
             self.began_at = asyncio.get_running_loop().time()
             await self._commit()
             self.batch = []
-            self._at_least = 1 if self._index == 0 else MAX_BATCH
+            self._at_least = 1 if self._index == 0 else LARGE_BATCH
 
     async def _commit(self) -> None:
         """Write the batch, however often it takes."""
