@@ -8,7 +8,7 @@ all options of libpq, libpq itself and the exceptions stay psycopg's own.
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +17,20 @@ from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 
-Row = tuple[str | None, ...]
+
+class Rows:
+    """The rows that a statement returned; each is read when it is asked for."""
+
+    def __init__(self, result: PGresult) -> None:
+        self._result = result
+
+    def __len__(self) -> int:
+        return self._result.ntuples
+
+    def __iter__(self) -> Iterator[tuple[str | None, ...]]:
+        columns = range(self._result.nfields)
+        for row in range(self._result.ntuples):
+            yield tuple(_text(self._result.get_value(row, column)) for column in columns)
 
 
 class PostgresLink:
@@ -40,7 +53,7 @@ class PostgresLink:
         self._is_full = False
         self._loop.add_reader(self._socket, self._read)
 
-    async def execute(self, statement: str, *parameters: bytes | None) -> list[Row]:
+    async def execute(self, statement: str, *parameters: bytes | None) -> Rows:
         """Execute a statement; the rows that it returns, as text.
 
         Args:
@@ -55,12 +68,7 @@ class PostgresLink:
             name = b"autoflow_%d" % len(self._names)
             await self._ask(self._libpq.send_prepare, name, statement.encode())
             self._names[statement] = name
-        result = await self._ask(self._libpq.send_query_prepared, name, parameters)
-        columns = range(result.nfields)
-        return [
-            tuple(_text(result.get_value(row, column)) for column in columns)
-            for row in range(result.ntuples)
-        ]
+        return Rows(await self._ask(self._libpq.send_query_prepared, name, parameters))
 
     def _ask(self, send: Callable[..., None], *args: Any) -> asyncio.Future[PGresult]:
         assert self._reply is None, "one statement at a time"

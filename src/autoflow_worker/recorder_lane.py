@@ -215,14 +215,13 @@ class Lane:
         if not writes:
             return
         try:
-            written = await self._update(writes)
+            refused = await self._update(writes)
             failpoint("in-batch")
-            refused = [write for write in writes if write.row_id not in written]
             for write in writes:
-                if write.row_id in written:
+                if write.row_id not in refused:
                     write.settle(Verdict.WRITTEN)
             if refused:
-                await self._explain(refused)
+                await self._explain([*refused.values()])
         except psycopg.errors.LockNotAvailable as error:
             left = _unsettled(writes)
             free = await self._without_locked(left)
@@ -260,7 +259,8 @@ class Lane:
         self.batch.remove(write)
         self._source.postpone(write)
 
-    async def _update(self, writes: Sequence[Write]) -> set[str | None]:
+    async def _update(self, writes: Sequence[Write]) -> dict[str, Write]:
+        """Write these; those whose rows did not take them, by their rows' ids."""
         relaxed = all(write.is_start for write in writes)
         if len(writes) == 1:
             statement = UPDATE_ONE_RELAXED if relaxed else UPDATE_ONE
@@ -270,7 +270,11 @@ class Lane:
             parameters = [_as_json([write.as_json() for write in writes])]
         link = await self.link()
         failpoint("batch-sent")
-        return {row[0] for row in await link.execute(statement, *parameters)}
+        rows = await link.execute(statement, *parameters)
+        if len(rows) == len(writes):  # no row is in a batch twice
+            return {}
+        written = {row[0] for row in rows}
+        return {write.row_id: write for write in writes if write.row_id not in written}
 
     async def _write_smallest(self, write: Write, error: Exception) -> None:
         if write.is_smallest:
