@@ -40,7 +40,7 @@ def measure(servers: Servers, results: Results, sizes: Sizes) -> None:
                 servers,
                 contestant,
                 concurrency,
-                sizes.jobs,
+                sizes.jobs * processes,
                 sizes.seconds,
                 processes=processes,
             )
