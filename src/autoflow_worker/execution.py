@@ -121,7 +121,7 @@ async def execute(
     error: BaseException | None = None
     if task.is_async:
         call = cast(Coroutine[Any, Any, Any], task.handler(payload, context))
-        handler = _start(call, wait)
+        handler = _start(call, wait, context.queue_name)
     else:
         handler = _in_thread(lambda: task.handler(payload, context), context.queue_name)
         handler.add_done_callback(partial(_end_of, wait.ended))
@@ -131,7 +131,7 @@ async def execute(
         if not task.is_async and error is None and (rest := _rest_of(handler)) is not None:
             # A plain function around an async one has only now given what is to be waited for.
             wait.ended = loop.create_future()
-            handler = _start(rest, wait)
+            handler = _start(rest, wait, context.queue_name)
             error = await wait.ended
     except asyncio.CancelledError:
         await _unwind(handler, context)
@@ -152,8 +152,8 @@ async def execute(
     return Outcome(value, error, round((time.perf_counter() - started) * 1000))
 
 
-def _start(call: Awaitable[Any], wait: _Wait) -> asyncio.Task[Any]:
-    handler = _new_task(_contain(call, wait.ended))
+def _start(call: Awaitable[Any], wait: _Wait, name: str) -> asyncio.Task[Any]:
+    handler = _new_task(_contain(call, wait.ended), name)
     if not handler.done():
         # Should somebody cancel it before it runs at all, nothing in it could tell its end.
         handler.add_done_callback(partial(_end_of, wait.ended))
@@ -162,14 +162,15 @@ def _start(call: Awaitable[Any], wait: _Wait) -> asyncio.Task[Any]:
 
 if sys.version_info >= (3, 12):
 
-    def _new_task(call: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def _new_task(call: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """A handler that does not wait for anything has ended when this returns."""
-        return asyncio.Task(call, loop=asyncio.get_running_loop(), eager_start=True)
+        loop = asyncio.get_running_loop()
+        return asyncio.Task(call, loop=loop, name=name, eager_start=True)
 
 else:
 
-    def _new_task(call: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        return asyncio.get_running_loop().create_task(call)
+    def _new_task(call: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        return asyncio.Task(call, loop=asyncio.get_running_loop(), name=name)
 
 
 def _end(ended: asyncio.Future[TimeLimitError | None], error: TimeLimitError | None) -> None:
