@@ -71,9 +71,9 @@ class PostgresLink:
         return Rows(await self._ask(self._libpq.send_query_prepared, name, parameters))
 
     def _ask(self, send: Callable[..., None], *args: Any) -> asyncio.Future[PGresult]:
-        assert self._reply is None, "one statement at a time"
         if self._lost is not None:
-            raise self._lost
+            raise psycopg.OperationalError("the connection is lost") from self._lost
+        assert self._reply is None, "one statement at a time"
         send(*args)
         self._reply = self._loop.create_future()
         self._flush()
@@ -118,11 +118,13 @@ class PostgresLink:
     def _lose(self, error: Exception) -> None:
         """The connection is lost; or this code is wrong, and its caller has to hear that too."""
         self._ignore_socket()
+        self._lost = error
+        reply, self._reply = self._reply, None
+        if reply is None or reply.done():
+            return
         if self._result is not None and self._result.status == ExecStatus.FATAL_ERROR:
             error = error_from_result(self._result)  # the server's own last words
-        self._lost = error
-        if self._reply is not None and not self._reply.done():
-            self._reply.set_exception(error)
+        reply.set_exception(error)
 
     def _ignore_socket(self) -> None:
         if self._lost is None:

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import orjson
+import psycopg
 import pytest
 
 from autoflow_worker import record, recorder, recorder_lane
@@ -700,6 +701,38 @@ async def test_giving_up_a_connection_that_hangs_asks_nobody(db: Database) -> No
     await keeper.close(1)
     proxy.close()
     assert accepted == 1
+
+
+async def test_a_connection_that_ends_with_an_error_is_used_no_more(db: Database) -> None:
+    """The error may be one that a single row is to blame for; the next statement must not be."""
+    address = urlsplit(db.url)
+    ready = b"Z\x00\x00\x00\x05I"
+
+    async def serve(client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        server, to_server = await asyncio.open_connection(address.hostname, address.port)
+        asking = asyncio.create_task(pass_on(client, to_server))
+        while data := await server.read(65_536):
+            if b"C22012" in data:  # division by zero
+                to_client.write(data.removesuffix(ready))
+                break
+            to_client.write(data)
+        to_client.close()
+        await cancelled(asking)
+        to_server.close()
+
+    proxy = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = proxy.sockets[0].getsockname()[1]
+    netloc = address.netloc.replace(f":{address.port}", f":{port}")
+    keeper = StatusRecorder(urlunsplit(address._replace(netloc=netloc)))
+    await keeper.open(30)
+    link = await keeper._lanes[0].link()
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        await link.execute("SELECT 1 / 0")
+    with pytest.raises(psycopg.OperationalError) as lost:
+        await link.execute("SELECT 1")
+    assert lost.value.sqlstate is None
+    await keeper.close(1)
+    proxy.close()
 
 
 async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
