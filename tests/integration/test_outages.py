@@ -93,12 +93,18 @@ class Scene:
         async with Redis.from_url(self.server.url, decode_responses=True) as redis:
             return await redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
-    async def has_checked(self) -> bool:
-        """Whether a worker has looked for stalled jobs lately."""
-        return bool(await self.admin("EXISTS", f"{self.prefix}:{QUEUE}:stalled-check"))
+    async def until_checked(self) -> None:
+        """Wait until a worker looks for stalled jobs for the next time.
 
-    async def has_not_checked(self) -> bool:
-        return not await self.has_checked()
+        The mark that it leaves may be renewed at once, so it says little that it is there.
+        """
+        mark = f"{self.prefix}:{QUEUE}:stalled-check"
+        earlier = await self.admin("PEXPIRETIME", mark)
+
+        async def renewed() -> bool:
+            return bool(await self.admin("PEXPIRETIME", mark) > earlier)
+
+        await until(renewed)
 
     async def load_scripts(self) -> None:
         """So that the first reply to a script is not that the server does not know it."""
@@ -299,13 +305,12 @@ async def test_an_outage_longer_than_the_locks(scene: Scene) -> None:
             await scene.db.until_status(job, "active")
         for _ in range(2):
             # Just after a check, which marks what has no lock at the next one.
-            await until(scene.has_checked)
+            await scene.until_checked()
             await scene.server.stop()
             await pass_time(1.2)
             await scene.server.start()
             for _ in range(2):
-                await until(scene.has_not_checked)
-                await until(scene.has_checked)
+                await scene.until_checked()
         scene.go_on.set()
         await scene.until_completed(*jobs)
     assert set(scene.runs.values()) == {1}
