@@ -1,6 +1,7 @@
 """The fixtures; tests/README.md lists them. All of xdist's workers share one pair of servers."""
 
 import itertools
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from redis.asyncio import Redis
 
 from autoflow_worker.embedded import EmbeddedPostgres, EmbeddedRedis
@@ -33,6 +35,16 @@ def nothing_forgotten(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
     complaints = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio"]
     assert not complaints, "\n".join(complaints)
+
+
+@pytest.fixture(autouse=True)
+def loggers_forget() -> Iterator[None]:
+    """Undo what a test configured for logs: a logger used meanwhile keeps it for the next tests."""
+    yield
+    structlog.reset_defaults()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("autoflow_worker") and hasattr(module, "log"):
+            vars(module.log).pop("bind", None)
 
 
 class SharedServers:
