@@ -123,7 +123,7 @@ class Crew:
                 life.handed_back.add(entry["task_id"])
             elif entry.get("event") == "jobs_not_handed_back":
                 life.left_behind.add(entry["queue"])
-            elif entry.get("event") == "job_broke_its_slot":
+            elif entry.get("event") == "attempt_broken":
                 self.faults.append(f"{life}: {entry}")
         wanted = {-signal.SIGKILL} if life.killed_at else {0, 4} if life.terminated_at else set()
         if life.exit_code not in wanted:

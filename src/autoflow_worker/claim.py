@@ -19,6 +19,10 @@ _PLAIN_FIELDS: Final = frozenset(
 _PLAIN_OPTIONS: Final = frozenset(
     {"attempts", "backoff", "delay", "jobId", "priority", "removeOnComplete", "removeOnFail"}
 )
+MAX_DATA: Final = 16 * 1024 * 1024
+"""Bytes of a job's `data`, where the setting MAX_PAYLOAD_BYTES does not say."""
+
+_HAS_DEPENDENTS: Final = frozenset({"parent", "parentKey", "deid"})
 _raw_decode: Final = json.JSONDecoder().raw_decode
 
 
@@ -56,7 +60,9 @@ class Claim:
         claimed_ms: when it was claimed, in epoch ms by the claimer's clock; BullMQ's `processedOn`.
         scheduler: the job scheduler that produced it; None as a rule.
         malformed: why its fields could not be read; None as a rule.
-        never: why it must not run but fail: it is malformed, or a child of it has failed.
+        never: why it must not run but fail: it is malformed, its data is too long, or a child of it
+            has failed.
+        is_bare: Redis has lost its data.
         token: what the lock in Redis holds.
         locked_until: event loop time up to which the lock is surely ours.
     """
@@ -71,6 +77,7 @@ class Claim:
         "claimed_ms",
         "data",
         "id",
+        "is_bare",
         "locked_until",
         "malformed",
         "max_attempts",
@@ -105,6 +112,12 @@ class Claim:
         self.scheduler: str | None = None
         self.malformed: str | None = None
         self.never: str | None = None
+        self.is_bare = "name" not in fields
+
+    @property
+    def has_dependents(self) -> bool:
+        """Whether its end changes other jobs: its parent, or one that it keeps from being added."""
+        return not _HAS_DEPENDENTS.isdisjoint(self._fields)
 
     @property
     def job(self) -> Job:
@@ -113,6 +126,12 @@ class Claim:
             self._job = Job.fromJSON(self._queue, self._fields, self.id)
             self._job.token = self.token
         return self._job
+
+    def refuse_data(self, reason: str) -> None:
+        """Read everything but the data, which is neither parsed nor run."""
+        self._fields = {**self._fields, "data": "{}"}
+        self.read_by_job()
+        self.never = self.malformed or reason
 
     def read_plain(self) -> bool:
         """Read a job that has nothing special about it, as most first attempts; False: it has.
@@ -187,7 +206,13 @@ class Reply:
 
 
 def read_claim(
-    queue: Worker, fields: Mapping[str, str], job_id: str, token: str, locked_until: float
+    queue: Worker,
+    fields: Mapping[str, str],
+    job_id: str,
+    token: str,
+    locked_until: float,
+    *,
+    max_data: int = MAX_DATA,
 ) -> Claim:
     """A claimed job as Redis holds it; its fields may hold anything.
 
@@ -195,8 +220,12 @@ def read_claim(
         queue: the bullmq `Worker` that the `Job` belongs to.
         fields: the job's hash.
         locked_until: event loop time up to which the lock is surely ours.
+        max_data: bytes of `data` at most; a job with more is not parsed.
     """
     claim = Claim(queue, fields, job_id, token, locked_until)
+    if (reason := _why_not_parsed(fields, max_data)) is not None:
+        claim.refuse_data(reason)
+        return claim
     try:
         is_plain = claim.read_plain()
     except Exception:
@@ -204,6 +233,21 @@ def read_claim(
     if not is_plain:
         claim.read_by_job()
     return claim
+
+
+def _why_not_parsed(fields: Mapping[str, str], max_data: int) -> str | None:
+    """Why the data must not even be looked at: parsing it may be what killed the last worker."""
+    if "defa" in fields:
+        return fields["defa"]
+    data = fields.get("data", "")
+    # UTF-8 takes four bytes for a character at most.
+    if 4 * len(data) > max_data and (size := _size_of(data)) > max_data:
+        return f"its data has {size:,} bytes, and MAX_PAYLOAD_BYTES allows {max_data:,}"
+    return None
+
+
+def _size_of(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogateescape"))
 
 
 def _parse(text: str) -> Any:

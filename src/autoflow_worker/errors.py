@@ -16,6 +16,10 @@ class PartDiedError(WorkerError):
     """A part of the worker ended unasked."""
 
 
+class TaskBrokenError(WorkerError):
+    """A task's attempts break in the worker itself, again and again."""
+
+
 class SettingsError(WorkerError):
     """The settings are wrong.
 

@@ -1,19 +1,18 @@
 """One attempt: run the handler, within its time limit, and tell whatever came of it."""
 
 import asyncio
-import contextvars
 import inspect
 import math
 import sys
-import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, cast
 
 import structlog
 
+from autoflow_worker.handler_threads import HandlerExitError, HandlerThreads
 from autoflow_worker.task import TaskContext, TaskDefinition
 
 log = structlog.get_logger(__name__)
@@ -31,10 +30,6 @@ class TimeLimitError(Exception):
 
 class HandlerCancelledError(Exception):
     """The handler ended with a CancelledError of its own making."""
-
-
-class HandlerExitError(Exception):
-    """The handler tried to end the process."""
 
 
 @dataclass(slots=True)
@@ -104,7 +99,11 @@ class TimeLimit:
 
 
 async def execute(
-    task: TaskDefinition[Any], payload: Any, context: TaskContext, limit: TimeLimit
+    task: TaskDefinition[Any],
+    payload: Any,
+    context: TaskContext,
+    limit: TimeLimit,
+    threads: HandlerThreads,
 ) -> Outcome:
     """Run one attempt to its end.
 
@@ -113,28 +112,30 @@ async def execute(
 
     Raises:
         asyncio.CancelledError: this was cancelled, and the handler did not finish all the same.
+        RuntimeError: the machine gives no thread; the handler was not called.
     """
     loop = asyncio.get_running_loop()
     started = time.perf_counter()
-    wait = limit.add(loop.create_future())
+    ended: asyncio.Future[TimeLimitError | None] = loop.create_future()
     handler: asyncio.Future[Any]
     error: BaseException | None = None
     if task.is_async:
         call = cast(Coroutine[Any, Any, Any], task.handler(payload, context))
-        handler = _start(call, wait, context.queue_name)
+        handler = _start(call, ended, context.queue_name)
     else:
-        handler = _in_thread(lambda: task.handler(payload, context), context.queue_name)
-        handler.add_done_callback(partial(_end_of, wait.ended))
+        handler = threads.run(lambda: task.handler(payload, context))
+        handler.add_done_callback(partial(_end_of, ended))
+    wait = limit.add(ended)
     try:
         if not handler.done():
             error = await wait.ended
         if not task.is_async and error is None and (rest := _rest_of(handler)) is not None:
             # A plain function around an async one has only now given what is to be waited for.
             wait.ended = loop.create_future()
-            handler = _start(rest, wait, context.queue_name)
+            handler = _start(rest, wait.ended, context.queue_name)
             error = await wait.ended
     except asyncio.CancelledError:
-        await _unwind(handler, context)
+        await _unwind(handler, context, threads)
         if handler.cancelled() or not handler.done() or handler.exception() is not None:
             raise
         if not task.is_async and _rest_of(handler) is not None:
@@ -143,7 +144,7 @@ async def execute(
     finally:
         limit.remove(wait)
     if error is not None:
-        await _unwind(handler, context)
+        await _unwind(handler, context, threads)
     elif handler.cancelled():
         error = HandlerCancelledError("the handler was cancelled from inside")
     else:
@@ -152,11 +153,13 @@ async def execute(
     return Outcome(value, error, round((time.perf_counter() - started) * 1000))
 
 
-def _start(call: Awaitable[Any], wait: _Wait, name: str) -> asyncio.Task[Any]:
-    handler = _new_task(_contain(call, wait.ended), name)
+def _start(
+    call: Awaitable[Any], ended: asyncio.Future[TimeLimitError | None], name: str
+) -> asyncio.Task[Any]:
+    handler = _new_task(_contain(call, ended), name)
     if not handler.done():
-        # Should somebody cancel it before it runs at all, nothing in it could tell its end.
-        handler.add_done_callback(partial(_end_of, wait.ended))
+        # If the task is cancelled before its first step, `_contain` never runs.
+        handler.add_done_callback(partial(_end_of, ended))
     return handler
 
 
@@ -190,7 +193,9 @@ def _rest_of(handler: asyncio.Future[Any]) -> Awaitable[Any] | None:
     return value if inspect.isawaitable(value) else None
 
 
-async def _unwind(handler: asyncio.Future[Any], context: TaskContext) -> None:
+async def _unwind(
+    handler: asyncio.Future[Any], context: TaskContext, threads: HandlerThreads
+) -> None:
     """Cancel the handler and give it a moment; leave it behind if it stays."""
     if isinstance(handler, asyncio.Task):
         handler.cancel()
@@ -199,6 +204,7 @@ async def _unwind(handler: asyncio.Future[Any], context: TaskContext) -> None:
         _discard(handler)
     else:
         log.error("handler_left_behind", task_id=context.task_id, queue=context.queue_name)
+        threads.leave_behind(handler, context.task_id)
         _strays.add(handler)
         handler.add_done_callback(_forget)
 
@@ -226,39 +232,3 @@ async def _contain(call: Awaitable[Any], ended: asyncio.Future[TimeLimitError | 
     finally:
         # A done callback would tell it one turn of the event loop later.
         _end(ended, None)
-
-
-def _in_thread(call: Callable[[], Any], name: str) -> asyncio.Future[Any]:
-    """Run a handler that is not async in a thread of its own.
-
-    The thread is a daemon: it can't be interrupted, and must not hold up the process's exit.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def deliver(value: Any, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(value)
-        elif isinstance(error, Exception) and not isinstance(error, StopIteration):
-            future.set_exception(error)
-        else:
-            exit_error = HandlerExitError(f"the handler raised {type(error).__name__}: {error}")
-            exit_error.__cause__ = error
-            future.set_exception(exit_error)
-
-    def body() -> None:
-        value, error = None, None
-        try:
-            value = context.run(call)
-        except BaseException as raised:
-            error = raised
-        try:
-            loop.call_soon_threadsafe(deliver, value, error)
-        except RuntimeError:  # The loop is closed: the worker has gone on without this thread.
-            return
-
-    threading.Thread(target=body, name=f"handler of {name}", daemon=True).start()
-    return future

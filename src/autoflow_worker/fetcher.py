@@ -9,7 +9,9 @@ import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from autoflow_worker.breakages import Breakages
 from autoflow_worker.claim import Claim, Reply
+from autoflow_worker.handler_threads import HandlerThreads
 from autoflow_worker.job_queue import OUTAGE_PAUSE, OUTAGE_PAUSE_MAX, JobQueue
 
 log = structlog.get_logger(__name__)
@@ -23,12 +25,23 @@ class Fetcher:
         running: the claims that are held right now.
         drain_delay: seconds, BullMQ's `drainDelay`: an idle queue is asked about that often even
             without a marker.
+        threads: the task's threads; no job is taken that would find none.
+        breakages: how often in a row the task's slots broke; no job is taken during their pause.
     """
 
-    def __init__(self, queue: JobQueue, running: Collection[Claim], drain_delay: float) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        running: Collection[Claim],
+        drain_delay: float,
+        threads: HandlerThreads,
+        breakages: Breakages,
+    ) -> None:
         self._queue = queue
         self._running = running
         self._drain_delay = drain_delay
+        self._threads = threads
+        self._breakages = breakages
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self._fetching = asyncio.Lock()
@@ -46,34 +59,52 @@ class Fetcher:
     def stopping(self) -> bool:
         return self._stop.is_set()
 
+    @property
+    def wants_more(self) -> bool:
+        """Whether an acknowledgement is to bring the next job."""
+        return not self._stop.is_set() and self._threads.has_room and not self._breakages.any
+
     async def next(self, owner: str) -> Claim | None:
         """Wait for a job and claim it; None when stopping."""
         async with self._fetching:
             pause = OUTAGE_PAUSE
             unsure = False
+            refusal = ""
             while not self.stopping:
                 try:
                     if unsure:
                         claim = await self.claimed_unawares(owner)
                         unsure = False
                     else:
+                        await self._await_readiness()
                         await self._await_work()
                         if self.stopping:
                             break
+                        if not self._queue.is_connected:
+                            await self._until_stopped(self._queue.connected())
+                            continue
                         self._tokens += 1
                         claim = self.take(await self._queue.fetch(f"{owner}{self._tokens}"))
                     if claim is not None:
                         return claim
                     pause = OUTAGE_PAUSE
                 except RedisError as error:
-                    if not isinstance(error, RedisConnectionError):
-                        log.error("fetch_refused", queue=self._queue.name, reason=str(error))
+                    if not isinstance(error, RedisConnectionError) and str(error) != refusal:
+                        refusal = str(error)
+                        log.error("fetch_refused", queue=self._queue.name, reason=refusal)
                     # A job may have been claimed, or a marker taken, and only the reply lost.
                     unsure, self._drained = True, False
                     await self._until_stopped(asyncio.sleep(pause))
                     await self._until_stopped(self._queue.connected())
                     pause = min(pause * 2, OUTAGE_PAUSE_MAX)
         return None
+
+    async def _await_readiness(self) -> None:
+        """Return when a job that is taken can be run."""
+        if self._breakages.any:
+            await self._until_stopped(asyncio.sleep(self._breakages.pause))
+        if not self._threads.has_room:
+            await self._until_stopped(self._threads.room())
 
     async def _await_work(self) -> None:
         """Return when a fetch may bring a job."""
@@ -128,9 +159,8 @@ class Fetcher:
 
     async def claimed_unawares(self, owner: str) -> Claim | None:
         """A job that Redis gave to this slot in a reply that got lost."""
-        known = {claim.id for claim in self._running}
-        held = await self._queue.held(owner)
-        return next((claim for claim in held if claim.id not in known), None)
+        known = [claim.id for claim in self._running if claim.token.startswith(owner)]
+        return next(iter(await self._queue.adopt(owner, known)), None)
 
 
 def _now_ms() -> int:

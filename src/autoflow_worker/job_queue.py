@@ -11,7 +11,7 @@ import base64
 import json
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from bullmq import Job, Worker
@@ -20,6 +20,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from autoflow_worker.claim import (
+    MAX_DATA,
     ChildrenLeftError,
     Claim,
     Hold,
@@ -30,9 +31,18 @@ from autoflow_worker.claim import (
     read_claim,
 )
 from autoflow_worker.completion import CompletionArguments
-from autoflow_worker.queue_scripts import BURY, HELD, HOLD, PUT_MARKER
+from autoflow_worker.queue_scripts import (
+    ADOPT,
+    BURY,
+    DROP,
+    ELSEWHERE,
+    HELD,
+    HOLD,
+    PUT_MARKER,
+)
 from autoflow_worker.redis_channel import REPLY_PATIENCE, Channel
 from autoflow_worker.redis_client import PipelinedRedis
+from autoflow_worker.script_guard import guarded, guarded_as
 from autoflow_worker.storable import dump
 
 OUTAGE_PAUSE: Final = 0.05
@@ -42,6 +52,9 @@ OUTAGE_PAUSE_MAX: Final = 1.0
 
 MAX_STACKTRACES: Final = 20
 """Stack traces kept on a job, at most; the option `stackTraceLimit` may ask for fewer."""
+
+BREAKAGES: Final = "autoflowBroke"
+"""The field of a job that counts the claims which broke their slots; BullMQ knows nothing of it."""
 
 # How a job scheduler repeats.
 _REPEAT: Final = ("every", "pattern", "tz", "limit", "offset", "startDate", "endDate")
@@ -68,10 +81,17 @@ class JobQueue:
         redis: the shared client; the caller closes it.
         prefix: BullMQ's key prefix.
         options: BullMQ worker options.
+        max_data: bytes of a job's `data`, at most; a job with more is refused unparsed.
     """
 
     def __init__(
-        self, name: str, redis: PipelinedRedis, prefix: str, options: Mapping[str, Any]
+        self,
+        name: str,
+        redis: PipelinedRedis,
+        prefix: str,
+        options: Mapping[str, Any],
+        *,
+        max_data: int = MAX_DATA,
     ) -> None:
         self.name = name
         self._now = asyncio.get_running_loop().time
@@ -81,13 +101,31 @@ class JobQueue:
         self._worker = Worker(name, None, {**options, "connection": redis, "prefix": prefix})
         self.lock_ms = int(self._worker.opts["lockDuration"])
         self._lock_s = self.lock_ms / 1000
+        self._max_data = max_data
         self._base = str(self._worker.keys[""])
+        self._elsewhere = [self._worker.keys[name] for name in ELSEWHERE]
+        self._careful_finish = self._guard_scripts()
         self._completion_arguments = CompletionArguments(self._worker.keys, self._worker.opts)
         self._blocking: Channel | None = None
-        self._hold = redis.register_script(HOLD)
-        self._held = redis.register_script(HELD)
-        self._bury = redis.register_script(BURY)
-        self._put_marker = redis.register_script(PUT_MARKER)
+        self._hold = redis.register_script(guarded(HOLD))
+        self._held = redis.register_script(guarded(HELD))
+        self._adopt = redis.register_script(guarded(ADOPT))
+        self._bury = redis.register_script(guarded(BURY))
+        self._drop = redis.register_script(guarded(DROP))
+        self._put_marker = redis.register_script(guarded(PUT_MARKER))
+
+    def _guard_scripts(self) -> Callable[..., Awaitable[Any]]:
+        """Put each of BullMQ's scripts behind its guard.
+
+        Returns:
+            The script that finishes a job, behind a check of everything that it may call: for the
+            few jobs whose end changes other jobs, which nothing could put right afterwards.
+        """
+        commands = self._worker.scripts.commands
+        finish = commands["moveToFinished"].script
+        for name, command in commands.items():
+            commands[name] = self._redis.register_script(guarded_as(name, command.script))
+        return self._redis.register_script(guarded(finish))
 
     async def open(self, timeout: float) -> None:
         """Open the queue's own connection, named so that Node's `getWorkers()` sees the worker.
@@ -147,11 +185,22 @@ class JobQueue:
             keys=[keys[name] for name in ("marker", "wait", "prioritized", "delayed")]
         )
 
-    async def held(self, token_prefix: str) -> list[Claim]:
-        """The active jobs whose lock was taken with such a token, whatever became of the reply."""
-        asked_at = self._now()
+    async def held(self, token_prefix: str) -> list[tuple[str, str]]:
+        """Id and token of the active jobs whose lock was taken with such a token."""
         active = self._worker.keys["active"]
         found = await self._held(keys=[active], args=[token_prefix, self._base])
+        return [(job_id, token) for job_id, token in found]
+
+    async def adopt(self, token_prefix: str, known: Collection[str]) -> list[Claim]:
+        """Claim what was claimed with such a token already, in a reply that never came.
+
+        Args:
+            known: ids of the jobs that this worker knows to be its own.
+        """
+        asked_at = self._now()
+        active = self._worker.keys["active"]
+        args: list[str | int] = [token_prefix, self._base, _now_ms(), *known]
+        found = await self._adopt(keys=[active], args=args)
         return [
             self._claim(dict(zip(fields[::2], fields[1::2], strict=True)), job_id, lock, asked_at)
             for job_id, lock, fields in found
@@ -163,7 +212,8 @@ class JobQueue:
         return Reply(claim, True, int(limited_ms or 0), int(delayed_until or 0))
 
     def _claim(self, fields: Mapping[str, str], job_id: str, token: str, asked_at: float) -> Claim:
-        return read_claim(self._worker, fields, job_id, token, asked_at + self._lock_s)
+        until = asked_at + self._lock_s
+        return read_claim(self._worker, fields, job_id, token, until, max_data=self._max_data)
 
     async def advance_scheduler(self, claim: Claim) -> None:
         """Let the job scheduler that produced this job produce its next one.
@@ -215,14 +265,19 @@ class JobQueue:
     async def holds(self, claim: Claim) -> Hold:
         """Whose the job is now; an expired lock that nobody wanted is taken again."""
         until = self._now() + self._lock_s
-        job_key, keys = self._base + claim.id, self._worker.keys
+        started, made = claim.attempts_started, claim.attempts_made
         answer = await self._hold(
-            keys=[job_key + ":lock", job_key, keys["active"], keys["stalled"]],
-            args=[claim.token, claim.id, claim.attempts_started, self.lock_ms],
+            keys=[*self._keys_of(claim.id), *self._elsewhere],
+            args=[claim.token, claim.id, started, self.lock_ms, made],
         )
         if answer == Hold.OURS.value:
             claim.locked_until = until
         return Hold(answer)
+
+    def _keys_of(self, job_id: str) -> list[str]:
+        """The lock, the job, and the two keys that name a job as long as it is held."""
+        keys, job_key = self._worker.keys, self._base + job_id
+        return [job_key + ":lock", job_key, keys["active"], keys["stalled"]]
 
     async def is_finished(self, claim: Claim) -> bool:
         """Whether the job is in completed or failed."""
@@ -232,6 +287,10 @@ class JobQueue:
         """When a delayed job is due, in epoch ms; None if it is not delayed."""
         score = await self._redis.zscore(self._worker.keys["delayed"], claim.id)
         return None if score is None else int(score) // 0x1000  # BullMQ adds a counter's 12 bits
+
+    @property
+    def is_connected(self) -> bool:
+        return self._redis.is_connected
 
     async def connected(self) -> None:
         """Wait until Redis is there, however long it takes."""
@@ -258,12 +317,16 @@ class JobQueue:
         Raises:
             LockLostError: another worker has it; nothing may be recorded for this attempt.
         """
-        if await self.insist(lambda: self.holds(claim)) is Hold.LOST:
+        if await self.whose(claim) is Hold.LOST:
             raise LockLostError("its lock expired, and another worker took the job over")
 
     async def still_has(self, claim: Claim) -> bool:
         """Whether the job still is ours, asked over every outage."""
-        return await self.insist(lambda: self.holds(claim)) is Hold.OURS
+        return await self.whose(claim) is Hold.OURS
+
+    async def whose(self, claim: Claim) -> Hold:
+        """As `holds`, asked over every outage."""
+        return await self.insist(lambda: self.holds(claim))
 
     @property
     def up_since(self) -> float:
@@ -297,7 +360,7 @@ class JobQueue:
         keys, args = self._completion_arguments(
             claim, dump(value), keep, fetch_next=fetch_next, now_ms=_now_ms()
         )
-        return self._acknowledge("moveToFinished", keys, args, claim)
+        return self._finish(keys, args, claim)
 
     async def fail(
         self, claim: Claim, reason: str, stack_trace: str | None, *, fetch_next: bool
@@ -308,28 +371,29 @@ class JobQueue:
         keys, args = self._worker.scripts.moveToFailedArgs(
             claim.job, reason, keep, claim.token, fetch_next, fields
         )
-        return await self._acknowledge("moveToFinished", keys, args, claim)
+        return await self._finish(keys, args, claim)
 
     async def delay(
         self,
         claim: Claim,
-        now_ms: int,
-        delay_ms: int,
+        until_ms: int,
         reason: str,
         stack_trace: str | None,
         *,
         fetch_next: bool,
     ) -> Reply:
-        """Move the job to delayed: it failed, and its next attempt is due after the backoff."""
+        """Move the job to delayed: it failed, and its next attempt is due at `until_ms`."""
+        # BullMQ gives this time to the next job as its claim's, which tells attempts apart.
+        now_ms = _now_ms()
         options = {
             "fieldsToUpdate": _failure_fields(claim.job, reason, stack_trace),
             "fetchNext": fetch_next,
             "workerOpts": self._worker.opts,
         }
         keys, args = self._worker.scripts.moveToDelayedArgs(
-            claim.id, now_ms, claim.token, delay_ms, options
+            claim.id, now_ms, claim.token, max(0, until_ms - now_ms), options
         )
-        return await self._acknowledge("moveToDelayed", keys, args, claim)
+        return await self._acknowledge("moveToDelayed", keys, args, claim.token)
 
     async def retry(
         self,
@@ -344,34 +408,62 @@ class JobQueue:
         keys, args = self._worker.scripts.retryJobArgs(
             claim.id, bool(claim.job.opts.get("lifo")), claim.token, options
         )
-        return await self._acknowledge("retryJob", keys, args, claim)
+        return await self._acknowledge("retryJob", keys, args, claim.token)
 
-    async def hand_back(self, claim: Claim) -> None:
-        """Give the job back to be run again at once, without using up its attempt."""
+    async def hand_back(self, job_id: str, token: str, delay_ms: int = 0) -> None:
+        """Give a job back to be run again, without using up its attempt."""
         keys, args = self._worker.scripts.moveToDelayedArgs(
-            claim.id, _now_ms(), claim.token, 0, {"skipAttempt": True}
+            job_id, _now_ms(), token, delay_ms, {"skipAttempt": True}
         )
-        await self._acknowledge("moveToDelayed", keys, args, claim)
+        await self._acknowledge("moveToDelayed", keys, args, token)
 
-    async def bury(self, claim: Claim, reason: str, stack_trace: str | None) -> None:
-        """Move a job to failed on which BullMQ's own script breaks."""
-        job_key, keys = self._base + claim.id, self._worker.keys
-        names = ("active", "stalled", "failed", "events")
-        await self._bury(
-            keys=[job_key + ":lock", job_key, *(keys[name] for name in names)],
-            args=[claim.token, claim.id, reason, _now_ms(), json.dumps([stack_trace or reason])],
-        )
+    async def count_breakage(self, claim: Claim) -> int:
+        """Count, in the job itself, that a claim of it broke its slot; how many did so far."""
+        return int(await self._redis.hincrby(self._base + claim.id, BREAKAGES, 1))
 
-    async def _acknowledge(
-        self, command: str, keys: list[str], args: list[Any], claim: Claim
+    async def bury(self, claim: Claim, field: str, value: str, stack_trace: str | None) -> bool:
+        """Finish a job on which BullMQ's own script breaks.
+
+        Args:
+            field: `returnvalue` completes it, `failedReason` fails it.
+            value: what the field gets.
+            stack_trace: of a failure.
+
+        Returns:
+            False if the job is not ours any more; then nothing was done.
+        """
+        state = "completed" if field == "returnvalue" else "failed"
+        ends = self._worker.keys[state], self._worker.keys["events"]
+        keys = [*self._keys_of(claim.id), *ends, *self._elsewhere]
+        args: list[str | int] = [claim.token, claim.id, state, _now_ms(), field, value]
+        if state == "failed":
+            args.append(json.dumps([stack_trace or value]))
+        return bool(await self._bury(keys=keys, args=args))
+
+    async def drop(self, claim: Claim) -> None:
+        """Forget a job that has no data left."""
+        await self._drop(keys=self._keys_of(claim.id), args=[claim.token, claim.id])
+
+    def _finish(self, keys: list[str], args: list[Any], claim: Claim) -> Awaitable[Reply]:
+        if claim.has_dependents:
+            return self._run(self._careful_finish, keys, args, claim.token)
+        return self._acknowledge("moveToFinished", keys, args, claim.token)
+
+    def _acknowledge(
+        self, command: str, keys: list[str], args: list[Any], token: str
+    ) -> Awaitable[Reply]:
+        return self._run(self._worker.scripts.commands[command], keys, args, token)
+
+    async def _run(
+        self, script: Callable[..., Awaitable[Any]], keys: list[str], args: list[Any], token: str
     ) -> Reply:
         asked_at = self._now()
         try:
-            raw = await self._worker.scripts.commands[command](keys=keys, args=args)
+            raw = await script(keys=keys, args=args)
         except ResponseError as error:
             raise MalformedJobError(str(error)) from error
         if isinstance(raw, list):
-            return self._read(_next_job_data(raw), claim.token, asked_at)
+            return self._read(_next_job_data(raw), token, asked_at)
         code = int(raw or 0)
         if code in _LOST:
             raise LockLostError(ErrorCode(code).name)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 import structlog
@@ -20,6 +20,7 @@ from autoflow_worker import record
 from autoflow_worker.claim import (
     ChildrenLeftError,
     Claim,
+    Hold,
     LockLostError,
     MalformedJobError,
     Reply,
@@ -28,9 +29,11 @@ from autoflow_worker.errors import NotStorableError, PayloadError
 from autoflow_worker.execution import Outcome, TimeLimit, execute
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.fetcher import Fetcher
+from autoflow_worker.handler_threads import HandlerThreads
 from autoflow_worker.job_history import JobHistory
 from autoflow_worker.job_queue import OUTAGE_PAUSE, OUTAGE_PAUSE_MAX, JobQueue
 from autoflow_worker.retry import NoBackoffError, backoff_ms
+from autoflow_worker.storable import dump
 from autoflow_worker.task import (
     DelayedError,
     TaskContext,
@@ -50,6 +53,20 @@ class UnmovedJobError(Exception):
     """A handler says that it moved its job, and did not."""
 
 
+class Finish(NamedTuple):
+    """The end of a job as its row has it, for BullMQ.
+
+    Attributes:
+        field: `returnvalue` of a completed job, `failedReason` of a failed one.
+        value: what the field holds.
+        stack_trace: of a failure.
+    """
+
+    field: str
+    value: str
+    stack_trace: str | None = None
+
+
 class JobRun:
     """One attempt at one job.
 
@@ -58,12 +75,22 @@ class JobRun:
         queue: its queue.
         fetcher: says whether an acknowledgement is to bring the next job.
         limit: the task's time limit.
+        threads: the task's threads.
         claim: the job.
         history: its row.
         owner: the beginning of the slot's tokens, by which Redis knows its jobs.
     """
 
-    __slots__ = ("_claim", "_fetcher", "_history", "_limit", "_owner", "_queue", "_task")
+    __slots__ = (
+        "_claim",
+        "_fetcher",
+        "_history",
+        "_limit",
+        "_owner",
+        "_queue",
+        "_task",
+        "_threads",
+    )
 
     def __init__(
         self,
@@ -71,6 +98,7 @@ class JobRun:
         queue: JobQueue,
         fetcher: Fetcher,
         limit: TimeLimit,
+        threads: HandlerThreads,
         *,
         claim: Claim,
         history: JobHistory,
@@ -80,6 +108,7 @@ class JobRun:
         self._queue = queue
         self._fetcher = fetcher
         self._limit = limit
+        self._threads = threads
         self._claim = claim
         self._history = history
         self._owner = owner
@@ -111,12 +140,13 @@ class JobRun:
         verdict = await self._history.start()
         failpoint("after-active-row")
         if verdict is Verdict.CANCELLED:
-            send = partial(queue.fail, claim, "the task is cancelled", None)
-            return await self._acknowledge(send)
+            return await self._acknowledge_failure(Finish("failedReason", "the task is cancelled"))
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
         failpoint("handler-start")
-        outcome = await execute(self._task, payload, self._context(correlation_id), self._limit)
+        outcome = await execute(
+            self._task, payload, self._context(correlation_id), self._limit, self._threads
+        )
         failpoint("handler-end")
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
@@ -143,8 +173,9 @@ class JobRun:
         except NotStorableError as error:
             return await self._fail(error)
         await self._history.complete(result)
+        send = partial(self._queue.complete, self._claim, result)
         try:
-            return await self._acknowledge(partial(self._queue.complete, self._claim, result))
+            return await self._acknowledge(send, lambda: Finish("returnvalue", dump(result)))
         except ChildrenLeftError as error:
             return await self._fail(error, instead=_TAKEN_BACK)
 
@@ -180,9 +211,9 @@ class JobRun:
             reason=failure["reason"],
         )
         if delay_ms is None:
-            return await self._acknowledge(partial(self._queue.fail, self._claim, *told))
+            return await self._acknowledge_failure(Finish("failedReason", *told))
         if delay_ms > 0:
-            send = partial(self._queue.delay, self._claim, now_ms, delay_ms, *told)
+            send = partial(self._queue.delay, self._claim, now_ms + delay_ms, *told)
             return await self._acknowledge(send)
         send = partial(self._queue.retry, self._claim, *told)
         return await self._acknowledge(send)
@@ -204,7 +235,10 @@ class JobRun:
             )
         except NoBackoffError as reason:
             return None, str(reason)
-        except Exception as reason:
+        except BaseException as reason:
+            if isinstance(reason, asyncio.CancelledError) and _is_being_cancelled():
+                raise
+            # As a handler, it can raise anything, SystemExit among it, and costs its job only.
             return None, f"the backoff strategy raised {type(reason).__name__}"
         return delay_ms, None
 
@@ -224,20 +258,38 @@ class JobRun:
         await self._history.follow(patch)
         return Reply()
 
-    async def _acknowledge(self, send: Callable[..., Awaitable[Reply]]) -> Reply:
-        """Tell BullMQ the outcome, which PostgreSQL has committed."""
+    async def _acknowledge_failure(self, finish: Finish) -> Reply:
+        send = partial(self._queue.fail, self._claim, finish.value, finish.stack_trace)
+        return await self._acknowledge(send, lambda: finish)
+
+    async def _acknowledge(
+        self,
+        send: Callable[..., Awaitable[Reply]],
+        finish: Callable[[], Finish] | None = None,
+    ) -> Reply:
+        """Tell BullMQ the outcome, which PostgreSQL has committed.
+
+        Args:
+            send: runs BullMQ's script.
+            finish: what the row says, if the job ends with it; made where the script breaks.
+        """
         pause = OUTAGE_PAUSE
         while True:
+            if not self._queue.is_connected:
+                # A command takes the time at which it is made for the time of the next claim.
+                await self._queue.connected()
             try:
                 failpoint("before-ack")
-                reply = await send(fetch_next=not self._fetcher.stopping)
+                reply = await send(fetch_next=self._fetcher.wants_more)
             except MalformedJobError as error:
-                await self.bury(error)
+                await self.bury(error, None if finish is None else finish())
                 # It may have been the next job that the script broke on, after claiming it.
                 return Reply(await self._claimed_unawares())
             except LockLostError:
                 # The lock may have expired while this waited for Redis to come back.
-                if not await self._queue.still_has(self._claim):
+                if (hold := await self._queue.whose(self._claim)) is Hold.GONE:
+                    await self._queue.insist(lambda: self._queue.drop(self._claim))
+                if hold is not Hold.OURS:
                     raise
             except RedisConnectionError:
                 await asyncio.sleep(pause)
@@ -252,21 +304,36 @@ class JobRun:
     async def _claimed_unawares(self) -> Claim | None:
         return await self._queue.insist(lambda: self._fetcher.claimed_unawares(self._owner))
 
-    async def bury(self, error: Exception) -> None:
-        """Fail a job for good on which BullMQ's scripts, or this code, broke."""
-        now_ms = _now_ms()
+    async def bury(self, error: Exception, finish: Finish | None = None) -> None:
+        """Finish a job on which BullMQ's scripts break, or which breaks this code.
+
+        Args:
+            error: what broke.
+            finish: the end that its row has already; the job fails for the error if not given.
+
+        Raises:
+            LockLostError: another worker has the job.
+        """
+        queue = self._queue
         try:
-            if await self._queue.insist(lambda: self._queue.is_finished(self._claim)):
+            if await queue.insist(lambda: queue.is_finished(self._claim)):
                 return
-            failure = record.error_record(error, now_ms=now_ms)
-            patch = record.failed_patch(now_ms=now_ms, attempt=self._claim.attempt, error=failure)
-            await self._history.finish({**patch, **_TAKEN_BACK})
-            told = (failure["reason"], failure.get("stackTrace"))
-            await self._queue.insist(lambda: self._queue.bury(self._claim, *told))
+            if finish is None:
+                finish = await self._record_burial(error)
+            if not await queue.insist(partial(queue.bury, self._claim, *finish)):
+                raise LockLostError("another worker took the job over")
+            log.error("job_buried", queue=queue.name, task_id=self._claim.id, reason=str(error))
         except RedisError as refusal:
             # Then it is not this job that is broken, but its queue.
-            queue, reason = self._queue.name, str(refusal)
-            log.error("job_not_buried", queue=queue, task_id=self._claim.id, reason=reason)
+            reason = str(refusal)
+            log.error("job_not_buried", queue=queue.name, task_id=self._claim.id, reason=reason)
+
+    async def _record_burial(self, error: Exception) -> Finish:
+        now_ms = _now_ms()
+        failure = record.error_record(error, now_ms=now_ms)
+        patch = record.failed_patch(now_ms=now_ms, attempt=self._claim.attempt, error=failure)
+        await self._history.finish({**patch, **_TAKEN_BACK})
+        return Finish("failedReason", failure["reason"], failure.get("stackTrace"))
 
     async def _advance_scheduler(self, scheduler: str) -> None:
         try:
@@ -279,6 +346,11 @@ class JobRun:
                 scheduler=scheduler,
                 reason=str(error),
             )
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _now_ms() -> int:

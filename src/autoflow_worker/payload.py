@@ -84,8 +84,8 @@ def parse(adapter: TypeAdapter[Any] | None, data: object) -> Any:
         return adapter.validate_python(data)
     except ValidationError as error:
         return _parse_as_json(adapter, data, error)
-    except Exception as error:
-        # A validator that raises something else does so again on every attempt.
+    except BaseException as error:
+        # A validator that raises something else, SystemExit among it, does so on every attempt.
         raise PayloadError(
             f"payload does not validate: its validation raised {type(error).__name__}"
         ) from error
@@ -102,7 +102,7 @@ def _parse_as_json(adapter: TypeAdapter[Any], data: object, error: ValidationErr
         return adapter.validate_json(_as_json(data))
     except ValidationError as json_error:
         error = json_error
-    except Exception:  # noqa: S110 - what JSON can't carry: the first error stands
+    except BaseException:  # noqa: S110 - what JSON can't carry: the first error stands
         pass
     raise PayloadError("payload does not validate: " + _describe(error)) from error
 

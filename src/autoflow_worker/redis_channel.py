@@ -23,6 +23,7 @@ from redis.exceptions import (
     AuthorizationError,
     InvalidResponse,
     NoPermissionError,
+    NoScriptError,
     RedisError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -53,12 +54,36 @@ _WRONG_SERVER: Final = frozenset({"READONLY", "LOADING", "MASTERDOWN", "NOAUTH",
 _UNABLE_SERVER: Final = frozenset(
     {"MISCONF", "OOM", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "UNKILLABLE"}
 )
+# What Redis, Lua, cjson and cmsgpack say of the data that a command or a script works on. Whatever
+# else a server says is about the server.
+_DATA_AT_FAULT: Final = re.compile(
+    r"""
+    WRONGTYPE
+    | not\ an\ integer | not\ a\ valid\ float | is\ not\ a\ float | not\ a\ valid\ number
+    | would\ overflow | would\ produce\ NaN | out\ of\ range
+    | attempt\ to\ (?: index | call | perform | compare | concatenate | get\ length )
+    | bad\ argument\ \# | must\ be\ strings\ or\ integers
+    | stack\ overflow | too\ many\ results\ to\ unpack
+    | Expected\ .*\ but\ found | nested\ data\ structures | Excessive\ nesting | Cannot\ serialise
+    | Missing\ bytes\ in\ input | Bad\ data\ format\ in\ input
+    | BUSYGROUP | The\ ID\ specified\ in\ XADD | Invalid\ stream\ ID
+    """,
+    re.VERBOSE,
+)
 _REFUSALS: Final = (AuthenticationError, AuthorizationError, NoPermissionError)
 _INCOMPLETE: Final = object()
 
 
 class ServerNotReadyError(RedisConnectionError):
     """The server answered that it can't serve commands now; nothing was executed."""
+
+
+class CommandRefusedError(RedisConnectionError):
+    """The server refused a command for reasons of its own, and perhaps a script half-way.
+
+    A right that the user lacks, a quota, a proxy's error: no job is to blame for it. It is an
+    outage of what was asked for, so whoever rides out a lost connection rides out this as well.
+    """
 
 
 class WrongServerError(ServerNotReadyError):
@@ -358,14 +383,21 @@ async def _refuse_replica(connection: AbstractConnection) -> None:
 
 
 def _reply_error(text: str) -> Exception:
-    """The exception for an error reply; what another server or time could mend is told apart."""
+    """The exception for an error reply.
+
+    A `ResponseError` is about the data that the command worked on. What another server, another
+    moment or an operator could mend is a `ConnectionError`.
+    """
     match = _ERROR_CODE.match(text)
     code = match.group(1) if match else ""
     if code in _WRONG_SERVER:
         return WrongServerError(text)
     if code in _UNABLE_SERVER:
         return ServerNotReadyError(text)
-    return cast(Exception, BaseParser.parse_error(text))  # type: ignore[no-untyped-call]
+    error = cast(Exception, BaseParser.parse_error(text))  # type: ignore[no-untyped-call]
+    if isinstance(error, NoScriptError | RedisConnectionError) or _DATA_AT_FAULT.search(text):
+        return error
+    return CommandRefusedError(text)
 
 
 def _pack(args: tuple[Any, ...]) -> bytes:

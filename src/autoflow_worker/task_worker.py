@@ -7,6 +7,7 @@ BullMQ is told. A crash in between runs the job again, and never leaves a row th
 """
 
 import asyncio
+from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
@@ -14,16 +15,18 @@ import structlog
 from redis.exceptions import RedisError
 
 from autoflow_worker import record
+from autoflow_worker.breakages import MAX_BREAKAGES, Breakages
 from autoflow_worker.claim import (
     ChildrenLeftError,
     Claim,
     LockLostError,
     MalformedJobError,
 )
-from autoflow_worker.errors import WorkerError
+from autoflow_worker.errors import TaskBrokenError, WorkerError
 from autoflow_worker.execution import UNWIND_PATIENCE, TimeLimit
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.fetcher import Fetcher
+from autoflow_worker.handler_threads import HandlerThreads
 from autoflow_worker.job_history import JobHistory
 from autoflow_worker.job_queue import JobQueue
 from autoflow_worker.job_run import JobRun
@@ -38,6 +41,12 @@ DRAIN_DELAY: Final = 5.0
 
 CUT_OFF_PATIENCE: Final = UNWIND_PATIENCE + 0.2
 """Seconds at the deadline for handlers to clean up, and for what finishes then to be recorded."""
+
+RECORD_BROKEN: Final = 5.0
+"""Seconds that recording `pending` may take where an attempt broke; its job goes back anyway."""
+
+MAX_CLAIMS_BROKEN: Final = 3
+"""Claims of one job that broke their slots, after which the job counts as the cause."""
 
 RECORD_HANDED_BACK: Final = 0.3
 """Seconds that recording `pending` may take at the deadline; the jobs are handed back anyway."""
@@ -71,8 +80,15 @@ class TaskWorker:
         self._id = uuid4().hex
         self._running: dict[Claim, JobHistory] = {}
         self._closed = False
-        options = task.worker_options
-        self._fetcher = Fetcher(queue, self._running, options.get("drainDelay", DRAIN_DELAY))
+        self._threads = HandlerThreads(task.queue_name, limit=concurrency)
+        self._breakages = Breakages()
+        self._fetcher = Fetcher(
+            queue,
+            self._running,
+            task.worker_options.get("drainDelay", DRAIN_DELAY),
+            self._threads,
+            self._breakages,
+        )
         self._limit = TimeLimit(task.options.timeout_ms)
         self._slots: list[asyncio.Task[None]] = []
         self._keepers: list[asyncio.Task[None]] = []
@@ -146,26 +162,26 @@ class TaskWorker:
 
     async def _hand_back_all(self) -> None:
         """Hand back what Redis says is ours: also what came with a reply that nobody awaited."""
-        held = await self._queue.held(self._id)
-        histories = {claim.id: history for claim, history in self._running.items()}
+        held = dict(await self._queue.held(self._id))
         patch = record.handed_back_patch()
-        writes = [histories[claim.id].follow(patch) for claim in held if claim.id in histories]
+        writes = [
+            history.follow(patch) for claim, history in self._running.items() if claim.id in held
+        ]
         try:
             async with asyncio.timeout(RECORD_HANDED_BACK):
                 await asyncio.gather(*writes)
         except TimeoutError:
             log.warning("handed_back_jobs_not_recorded", queue=self.task.queue_name)
-        for claim in held:
-            await self._hand_back(claim)
+        await asyncio.gather(*(self._hand_back(*job) for job in held.items()))
         await self._queue.put_marker_back()
 
-    async def _hand_back(self, claim: Claim) -> None:
+    async def _hand_back(self, job_id: str, token: str, delay_ms: int = 0) -> None:
         try:
-            await self._queue.hand_back(claim)
-            log.info("job_handed_back", queue=self.task.queue_name, task_id=claim.id)
+            await self._queue.hand_back(job_id, token, delay_ms)
+            log.info("job_handed_back", queue=self.task.queue_name, task_id=job_id)
         except (LockLostError, MalformedJobError, ChildrenLeftError) as error:
             reason = str(error)
-            log.warning("job_lost", queue=self.task.queue_name, task_id=claim.id, reason=reason)
+            log.warning("job_lost", queue=self.task.queue_name, task_id=job_id, reason=reason)
 
     # -- slots -----------------------------------------------------------------------------------
 
@@ -177,7 +193,7 @@ class TaskWorker:
             while claim is not None and not self._fetcher.stopping:
                 claim = await self._attempt(claim, owner)
         if claim is not None:
-            await self._queue.insist(lambda: self._hand_back(claim))
+            await self._queue.insist(partial(self._hand_back, claim.id, claim.token))
 
     async def _attempt(self, claim: Claim, owner: str) -> Claim | None:
         """Run one job to its acknowledgement; the job that the acknowledgement brought."""
@@ -191,6 +207,7 @@ class TaskWorker:
             self._queue,
             self._fetcher,
             self._limit,
+            self._threads,
             claim=claim,
             history=history,
             owner=owner,
@@ -198,13 +215,55 @@ class TaskWorker:
         following = None
         try:
             following = self._fetcher.take(await run.run())
+            if self._breakages.any:
+                self._breakages.end()
         except LockLostError as error:
-            log.warning("job_lost", queue=self._queue.name, task_id=claim.id, reason=str(error))
+            self._note_loss(claim, error)
         except WorkerError:
             raise
         except Exception as error:
-            # Whatever a hostile job made of this code, it costs that job, and not its neighbours.
-            log.exception("job_broke_its_slot", queue=self._queue.name, task_id=claim.id)
-            await run.bury(error)
+            log.exception("attempt_broken", queue=self._queue.name, task_id=claim.id)
+            self._breakages.note(error)
+            await self._settle_broken(claim, run, history, error)
         del self._running[claim]
+        if self._breakages.too_many:
+            raise TaskBrokenError(self._why_broken())
         return following
+
+    def _note_loss(self, claim: Claim, error: LockLostError) -> None:
+        log.warning("job_lost", queue=self._queue.name, task_id=claim.id, reason=str(error))
+
+    async def _settle_broken(
+        self, claim: Claim, run: JobRun, history: JobHistory, error: Exception
+    ) -> None:
+        """Hand a job back whose attempt this worker could not carry to its end.
+
+        The machine has no thread or no memory, or this code is wrong. Only a job that breaks its
+        slot claim after claim, whoever claims it, is taken to be the cause itself.
+        """
+        try:
+            if await self._breakages_of(claim) >= MAX_CLAIMS_BROKEN:
+                self._breakages.end()
+                await run.bury(error)
+                return
+            async with asyncio.timeout(RECORD_BROKEN):
+                await history.follow(record.handed_back_patch())
+        except LockLostError as loss:
+            self._note_loss(claim, loss)
+            return
+        except TimeoutError:  # The job's next start makes its row right.
+            log.warning("handed_back_jobs_not_recorded", queue=self.task.queue_name)
+        await self._queue.insist(partial(self._hand_back, claim.id, claim.token))
+
+    def _why_broken(self) -> str:
+        error = self._breakages.last
+        return (
+            f"the task {self.task.queue_name!r} broke {MAX_BREAKAGES} times in a row, without one "
+            f"success: {type(error).__name__}: {error}"
+        )
+
+    async def _breakages_of(self, claim: Claim) -> int:
+        try:
+            return await self._queue.insist(lambda: self._queue.count_breakage(claim))
+        except RedisError:  # It is no hash, so nothing can be counted in it.
+            return MAX_CLAIMS_BROKEN

@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 import pytest
-from bullmq import Worker
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
@@ -26,6 +25,7 @@ from tests.support.plain import producer, state
 from tests.support.process import WorkerStarter
 from tests.support.proxy import Proxy
 from tests.support.running import Running, running
+from tests.support.scripts import load_scripts, sha_of
 from tests.support.servers import OwnServer
 from tests.support.until import until
 
@@ -109,8 +109,7 @@ class Scene:
     async def load_scripts(self) -> None:
         """So that the first reply to a script is not that the server does not know it."""
         async with Redis.from_url(self.server.url) as redis:
-            for script in Worker(QUEUE, None, {"connection": redis}).scripts.commands.values():
-                await redis.script_load(script.script)
+            await load_scripts(redis)
 
 
 @pytest.fixture
@@ -376,12 +375,6 @@ async def test_waiting_for_redis_costs_next_to_nothing(
 
 
 # -- lost replies ----------------------------------------------------------------------------------
-
-
-def sha_of(script: str) -> bytes:
-    # The scripts' texts, and so their hashes, are the package's own.
-    sha: str = Worker("any", None, {"connection": Redis()}).scripts.commands[script].sha
-    return sha.encode()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from tests.support.plain import (
 from tests.support.process import WorkerStarter
 from tests.support.proxy import Proxy
 from tests.support.running import Running, running
+from tests.support.scripts import sha_of
 from tests.support.servers import OwnServer
 from tests.support.until import until
 
@@ -228,7 +229,7 @@ async def test_03_a_job_that_comes_while_closing_is_not_dropped(stage: Stage) ->
         task = define_task("ours", stage.our_handler)
         async with stage.run_ours(task, url=proxy.url) as running_worker:
             await until_idle(stage.redis, stage.our_name)
-            fetch = proxy.hold_reply_to(move_to_active)
+            fetch = proxy.hold_reply_to(sha_of("moveToActive"))
             job = await stage.ours.add("ours", {})
             await fetch.sprung.wait()
             running_worker.stopping.set()
@@ -477,7 +478,7 @@ async def test_12_an_acknowledgement_is_not_sent_again_blindly(stage: Stage, db:
         task = define_task("ours", stage.our_handler)
         with capture_logs() as log:
             async with stage.run_ours(task, url=proxy.url):
-                lost = proxy.lose_reply_to(move_to_finished)
+                lost = proxy.lose_reply_to(sha_of("moveToFinished"))
                 job = await stage.ours.add("ours", {}, {"jobId": "our-job"})
                 await lost.sprung.wait()
                 await until_idle(stage.redis, stage.our_name)
@@ -485,7 +486,7 @@ async def test_12_an_acknowledgement_is_not_sent_again_blindly(stage: Stage, db:
     assert await stage.state("ours", job) == "completed"
     assert (await db.task(job.id)).status == "completed"
     assert stage.ended.count(job.id) == 1
-    assert not {"job_lost", "job_broke_its_slot"} & {entry["event"] for entry in log}
+    assert not {"job_lost", "attempt_broken"} & {entry["event"] for entry in log}
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import pytest
 from autoflow_worker import TaskContext, TaskOptions, define_task
 from autoflow_worker.execution import (
     HandlerCancelledError,
-    HandlerExitError,
     Outcome,
     TimeLimit,
     TimeLimitError,
     execute,
 )
+from autoflow_worker.handler_threads import HandlerExitError, HandlerThreads
 
 Payload = dict[str, Any]
 Handler = Callable[[Payload, TaskContext], object]
@@ -33,13 +33,13 @@ async def run(handler: Handler, timeout_ms: int | None = None) -> Outcome:
     task = define_task("q", handler, TaskOptions(timeout_ms=timeout_ms))
     assert not task.is_async
     context = TaskContext(task_id="t", correlation_id="c", queue_name="q")
-    return await execute(task, {"n": 1}, context, TimeLimit(timeout_ms))
+    return await execute(task, {"n": 1}, context, TimeLimit(timeout_ms), HandlerThreads("q", 1))
 
 
 async def run_async(handler: AsyncHandler) -> Outcome:
     task = define_task("q", handler, TaskOptions(timeout_ms=None))
     context = TaskContext(task_id="t", correlation_id="c", queue_name="q")
-    return await execute(task, {"n": 1}, context, TimeLimit(None))
+    return await execute(task, {"n": 1}, context, TimeLimit(None), HandlerThreads("q", 1))
 
 
 async def test_what_it_returns_is_awaited_on_the_loop() -> None:

@@ -16,9 +16,9 @@ ORDER = """
     settings logs
     worker_options payload task loader
     digits cleaning storable failure record
-    execution retry
+    breakages handler_threads execution retry
     writes row_statements postgres_link recorder_lane recorder database
-    redis_channel redis_client fitness queue_scripts claim completion job_queue
+    redis_channel redis_client fitness queue_scripts script_guard claim completion job_queue
     fetcher keepers job_history job_run task_worker
     new_rows scheduler
     signals service

@@ -1,0 +1,137 @@
+"""Threads for handlers that are not async: started, waited for, and left behind."""
+
+import asyncio
+import contextvars
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+THREAD_NAME: Final = "handler of "
+"""What the names of these threads begin with; their tasks' queues follow."""
+
+
+class HandlerExitError(Exception):
+    """The handler tried to end the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stray:
+    """A thread that nobody waits for any more, and that still runs."""
+
+    thread: threading.Thread
+    task_id: str
+    since: float
+
+
+class HandlerThreads:
+    """The threads of one task's handlers, one for each call.
+
+    A thread can't be interrupted: one that runs past its time limit is left behind and goes on.
+    When as many as `limit` do, the task takes no further job until one of them ends, so that
+    handlers which hang use up neither the machine's threads nor its memory.
+
+    Args:
+        queue_name: the task's queue.
+        limit: threads that may be left behind.
+    """
+
+    def __init__(self, queue_name: str, limit: int) -> None:
+        self._queue_name = queue_name
+        self._limit = limit
+        self._threads: dict[asyncio.Future[Any], threading.Thread] = {}
+        self._strays: dict[asyncio.Future[Any], _Stray] = {}
+        self._room = asyncio.Event()
+        self._room.set()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a further job may be taken."""
+        return self._room.is_set()
+
+    async def room(self) -> None:
+        """Wait until a further job may be taken."""
+        await self._room.wait()
+
+    def run(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Call a handler in a thread of its own; what is returned becomes what it returns.
+
+        The thread is a daemon, so that it does not hold up the process's exit.
+
+        Raises:
+            RuntimeError: the machine gives no further thread; nothing was called.
+            MemoryError: as above.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        context = contextvars.copy_context()
+
+        def body() -> None:
+            value, error = None, None
+            try:
+                value = context.run(call)
+            except BaseException as raised:
+                error = raised
+            try:
+                loop.call_soon_threadsafe(_deliver, future, value, error)
+            except RuntimeError:  # The loop is closed: the worker has gone on without this thread.
+                return
+
+        name = THREAD_NAME + self._queue_name
+        thread = threading.Thread(target=body, name=name, daemon=True)
+        thread.start()
+        self._threads[future] = thread
+        future.add_done_callback(self._forget)
+        return future
+
+    def leave_behind(self, future: asyncio.Future[Any], task_id: str) -> None:
+        """Wait no longer for a call that has not ended."""
+        thread = self._threads.get(future)
+        if thread is None:
+            return
+        self._strays[future] = _Stray(thread, task_id, time.monotonic())
+        if len(self._strays) >= self._limit and self._room.is_set():
+            self._room.clear()
+            log.error(
+                "handlers_stuck",
+                queue=self._queue_name,
+                reason="the task takes no further job until one of these handlers ends",
+                handlers=[_description(stray) for stray in self._strays.values()],
+            )
+
+    def _forget(self, future: asyncio.Future[Any]) -> None:
+        self._threads.pop(future, None)
+        if self._strays.pop(future, None) is not None and not self._room.is_set():
+            self._room.set()
+            log.warning("handlers_unstuck", queue=self._queue_name, left=len(self._strays))
+
+
+def _deliver(future: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(value)
+    elif isinstance(error, Exception) and not isinstance(error, StopIteration):
+        future.set_exception(error)
+    else:
+        exit_error = HandlerExitError(f"the handler raised {type(error).__name__}: {error}")
+        exit_error.__cause__ = error
+        future.set_exception(exit_error)
+
+
+def _description(stray: _Stray) -> dict[str, Any]:
+    """Return which job a stray belongs to, for how long it is left, and the line it is at."""
+    # The only way to another thread's frame.
+    frame = sys._current_frames().get(stray.thread.ident or 0)  # noqa: SLF001
+    at = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return {
+        "task_id": stray.task_id,
+        "left_for_s": round(time.monotonic() - stray.since, 1),
+        "at": at,
+    }

@@ -1,0 +1,24 @@
+"""BullMQ's scripts as this worker sends them: with their guards, and so with other hashes."""
+
+import hashlib
+
+from bullmq import Worker
+from redis.asyncio import Redis
+
+from autoflow_worker.script_guard import guarded_as
+
+
+def sha_of(name: str) -> bytes:
+    """Return the hash by which this worker calls BullMQ's script of that name."""
+    return hashlib.sha1(_scripts()[name].encode()).hexdigest().encode()
+
+
+async def load_scripts(redis: Redis) -> None:
+    """Make the server know all of them."""
+    for script in _scripts().values():
+        await redis.script_load(script)
+
+
+def _scripts() -> dict[str, str]:
+    commands = Worker("any", None, {"connection": Redis()}).scripts.commands
+    return {name: guarded_as(name, command.script) for name, command in commands.items()}
