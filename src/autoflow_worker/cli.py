@@ -34,7 +34,7 @@ GARBAGE_THRESHOLD = 10_000
 _EPILOG = """
 Settings come from the environment: REDIS_URL, DATABASE_URL, NODE_ENV, BULLMQ_PREFIX, TASKS_CONFIG,
 WORKER_QUEUES, WORKER_CONCURRENCY, WORKER_SHUTDOWN_GRACE, WORKER_STARTUP_TIMEOUT,
-DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, LOG_LEVEL, LOG_FORMAT.
+DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, MAX_PAYLOAD_BYTES, LOG_LEVEL, LOG_FORMAT.
 
 Exit codes: 0 stopped cleanly, 1 a part died, 2 wrong settings or task list, 3 Redis or PostgreSQL
 unreachable or unfit at start, 4 the deadline passed and jobs were handed back.

@@ -102,7 +102,11 @@ class WorkerService:
             log.warning("redis_unfit", reason=warning)
         for task in self._tasks:
             queue = JobQueue(
-                task.queue_name, self._redis, settings.bullmq_prefix, task.worker_options
+                task.queue_name,
+                self._redis,
+                settings.bullmq_prefix,
+                task.worker_options,
+                max_data=settings.max_payload_bytes,
             )
             await queue.open(timeout)
             self._workers.append(

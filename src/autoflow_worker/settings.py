@@ -98,6 +98,12 @@ class Settings(BaseSettings):
         5, ge=1, le=1_000, description="a whole number from 1 to 1000 (connections)"
     )
     record_unknown_jobs: bool = Field(True, description="true or false")
+    max_payload_bytes: int = Field(
+        16 * 1024**2,
+        ge=1024,
+        le=512 * 1024**2,
+        description="a whole number from 1024 to 536870912 (bytes of a job's data)",
+    )
     log_level: Annotated[LogLevel, BeforeValidator(_level_name)] = Field(
         "info", description="debug, info, warning, error or critical"
     )

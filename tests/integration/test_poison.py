@@ -14,11 +14,13 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from autoflow_worker import TaskContext, TaskDefinition, TaskOptions, define_task
+from autoflow_worker.job_queue import JobQueue
 from autoflow_worker.record import row_id
+from autoflow_worker.redis_client import PipelinedRedis
 from tests.support.api import Api
 from tests.support.database import Database
 from tests.support.node import Node
-from tests.support.plain import until_renewed
+from tests.support.plain import state, until_renewed
 from tests.support.process import WorkerStarter
 from tests.support.running import RunWorker
 from tests.support.until import until
@@ -374,6 +376,45 @@ async def test_a_job_that_the_stalled_check_breaks_on(
             await poisoned.until_all_ended()
     assert len([entry for entry in logs if entry["event"] == "stalled_check_refused"]) == 1
     await poisoned.check_completed("sound")
+
+
+async def test_a_completed_job_that_bullmq_can_not_finish_stays_completed(
+    run_worker: RunWorker, api: Api, redis: Redis, prefix: str
+) -> None:
+    """The handler did the work, and then broke what BullMQ's script counts with."""
+
+    async def handler(payload: object, ctx: TaskContext) -> str:
+        await redis.hset(f"{prefix}:{QUEUE}:{ctx.task_id}", "atm", "x")
+        return "done"
+
+    with capture_logs() as logs:
+        async with run_worker([define_task(QUEUE, handler, worker_options=OPTIONS)]):
+            task_id = await api.schedule(QUEUE)
+            row = await api.until_both_say(QUEUE, task_id, "completed")
+    assert row["result"]["output"] == "done"
+    assert "job_buried" in {entry["event"] for entry in logs}
+    value = await redis.hget(f"{prefix}:{QUEUE}:{task_id}", "returnvalue")
+    assert json.loads(value or "") == row["result"]
+
+
+async def test_a_job_that_another_worker_has_is_not_buried(
+    redis_url: str, redis: Redis, prefix: str, node5: Node
+) -> None:
+    client = PipelinedRedis(redis_url)
+    await client.open(15)
+    try:
+        queue = JobQueue(QUEUE, client, prefix, {})
+        job_id = await node5.schedule(QUEUE)
+        claim = (await queue.fetch("ours")).claim
+        assert claim is not None
+        await redis.set(f"{prefix}:{QUEUE}:{job_id}:lock", "theirs")
+        assert not await queue.bury(claim, "failedReason", "no reason", None)
+        assert await state(redis, prefix, QUEUE, job_id) == "active"
+        await redis.set(f"{prefix}:{QUEUE}:{job_id}:lock", "ours")
+        assert await queue.bury(claim, "failedReason", "no reason", None)
+        assert await state(redis, prefix, QUEUE, job_id) == "failed"
+    finally:
+        await client.aclose()
 
 
 async def test_a_queue_that_is_broken_itself_does_not_cost_the_others(

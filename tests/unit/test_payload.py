@@ -107,6 +107,16 @@ def test_a_validator_that_raises_anything_else() -> None:
     assert message == "payload does not validate: its validation raised RuntimeError"
 
 
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+def test_a_validator_that_ends_the_process(raised: BaseException) -> None:
+    def validator(value: object) -> object:
+        raise raised
+
+    adapter = TypeAdapter(Annotated[object, BeforeValidator(validator)])
+    with pytest.raises(PayloadError, match=f"its validation raised {type(raised).__name__}"):
+        payloads.parse(adapter, {})
+
+
 def test_data_that_json_can_not_carry_keeps_the_first_fault() -> None:
     assert "a: " in fault(dict[str, bool], {"a": 10**400})
     assert "a: " in fault(dict[str, int], {"a": "\ud800"})

@@ -53,6 +53,7 @@ def test_the_defaults() -> None:
         "worker_startup_timeout": 30.0,
         "database_pool_max": 5,
         "record_unknown_jobs": True,
+        "max_payload_bytes": 16_777_216,
         "log_level": "info",
         "log_format": "console",
     }
@@ -115,6 +116,7 @@ def test_every_fault_is_told_at_once() -> None:
         "WORKER_STARTUP_TIMEOUT": "0",
         "DATABASE_POOL_MAX": "1.5",
         "RECORD_UNKNOWN_JOBS": "maybe",
+        "MAX_PAYLOAD_BYTES": "1023",
         "LOG_LEVEL": "loud",
         "LOG_FORMAT": "xml",
     }
