@@ -8,7 +8,7 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import psycopg
@@ -95,6 +95,9 @@ def _draw_job(rng: random.Random, n: int, queue: str) -> PlannedJob:
         opts=opts,
     )
     has_row = not numbered and rng.random() < 0.75
+    if not (has_row or numbered):
+        # An id that the API does not give: a task of its own without a row is a deleted one.
+        job = replace(job, task_id=f"{job.task_id}-b")
     return PlannedJob(queue, job, numbered, has_row, attempts, queue != DOOMED)
 
 

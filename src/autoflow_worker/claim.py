@@ -133,6 +133,11 @@ class Claim:
         self.read_by_job()
         self.never = self.malformed or reason
 
+    @property
+    def timestamp(self) -> int:
+        """When it was added, in epoch ms; a `Job`, which may be dear, is not made for it."""
+        return int(self._fields["timestamp"] if self._job is None else self._job.timestamp)
+
     def read_plain(self) -> bool:
         """Read a job that has nothing special about it, as most first attempts; False: it has.
 

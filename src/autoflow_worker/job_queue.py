@@ -410,10 +410,15 @@ class JobQueue:
         )
         return await self._acknowledge("retryJob", keys, args, claim.token)
 
-    async def hand_back(self, job_id: str, token: str, delay_ms: int = 0) -> None:
-        """Give a job back to be run again, without using up its attempt."""
+    async def hand_back(self, job_id: str, token: str, until_ms: int = 0) -> None:
+        """Give a job back without using up its attempt.
+
+        Args:
+            until_ms: when it is to run again, in epoch ms; at once, if that is past.
+        """
+        now_ms = _now_ms()
         keys, args = self._worker.scripts.moveToDelayedArgs(
-            job_id, _now_ms(), token, delay_ms, {"skipAttempt": True}
+            job_id, now_ms, token, max(0, until_ms - now_ms), {"skipAttempt": True}
         )
         await self._acknowledge("moveToDelayed", keys, args, token)
 

@@ -30,7 +30,7 @@ from autoflow_worker.execution import Outcome, TimeLimit, execute
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.fetcher import Fetcher
 from autoflow_worker.handler_threads import HandlerThreads
-from autoflow_worker.job_history import JobHistory
+from autoflow_worker.job_history import JobHistory, OutcomeRefusedError
 from autoflow_worker.job_queue import OUTAGE_PAUSE, OUTAGE_PAUSE_MAX, JobQueue
 from autoflow_worker.retry import NoBackoffError, backoff_ms
 from autoflow_worker.storable import dump
@@ -323,8 +323,8 @@ class JobRun:
             if not await queue.insist(partial(queue.bury, self._claim, *finish)):
                 raise LockLostError("another worker took the job over")
             log.error("job_buried", queue=queue.name, task_id=self._claim.id, reason=str(error))
-        except RedisError as refusal:
-            # Then it is not this job that is broken, but its queue.
+        except (RedisError, OutcomeRefusedError) as refusal:
+            # Then it is not this job that is broken, but its queue, or its row. It comes again.
             reason = str(refusal)
             log.error("job_not_buried", queue=queue.name, task_id=self._claim.id, reason=reason)
 

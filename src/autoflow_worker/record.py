@@ -25,20 +25,29 @@ Record = dict[str, Any]
 _LAST_MS = 253_402_300_799_999
 _MAX_SAFE_INTEGER = 2**53 - 1
 _COUNTED_ID = re.compile(r"[1-9][0-9]{0,15}")
+# An earlier attempt may have ended for good: in a crash before BullMQ was told, or before a retry.
+_NOT_FINISHED: Mapping[str, None] = {"completedAt": None, "failedAt": None, "result": None}
+_API_ID = re.compile(r"[A-Za-z0-9_-]{21}")
 _PRIORITY_WORDS = {1: "critical", 2: "high", 3: "normal", 4: "low"}
 
 
 class UnknownJob(Protocol):
-    """What a row is made of: a `bullmq.Job`, whose attributes may hold anything."""
+    """What a row is made of: a `Claim`, whose attributes may hold anything."""
 
-    data: Any
-    opts: Any
-    timestamp: Any
+    @property
+    def data(self) -> Any: ...
+
+    @property
+    def options(self) -> Any: ...
+
+    @property
+    def timestamp(self) -> Any: ...
 
 
 def active_patch(*, now_ms: float, attempt: int) -> Record:
     """A job was picked up, for the first time or again."""
-    return {"status": "active", "startedAt": iso(now_ms), "attempts": attempt}
+    started = iso(now_ms)
+    return {"status": "active", "startedAt": started, "attempts": attempt, **_NOT_FINISHED}
 
 
 def completed_patch(*, now_ms: float, result: Record) -> Record:
@@ -55,33 +64,39 @@ def completed_patch(*, now_ms: float, result: Record) -> Record:
 
 def delayed_patch(*, until_ms: float, attempt: int, error: Record) -> Record:
     """The attempt failed and the job runs again after a backoff; `error` is from `error_record`."""
-    until = iso(until_ms)
-    return {"status": "delayed", "delayUntil": until, "attempts": attempt, "error": error}
+    return {**moved_to_delayed_patch(until_ms=until_ms), "attempts": attempt, "error": error}
 
 
 def pending_patch(*, attempt: int, error: Record) -> Record:
     """The attempt failed and the job runs again at once; `error` is from `error_record`."""
-    return {"status": "pending", "attempts": attempt, "error": error}
+    return {**handed_back_patch(), "attempts": attempt, "error": error}
 
 
 def failed_patch(*, now_ms: float, attempt: int, error: Record) -> Record:
     """The job failed for good; `error` is from `error_record`."""
-    return {"status": "failed", "failedAt": iso(now_ms), "attempts": attempt, "error": error}
+    return {
+        "status": "failed",
+        "completedAt": None,
+        "failedAt": iso(now_ms),
+        "attempts": attempt,
+        "result": None,
+        "error": error,
+    }
 
 
 def handed_back_patch() -> Record:
     """The job was given back to its queue without using up its attempt."""
-    return {"status": "pending"}
+    return {"status": "pending", **_NOT_FINISHED}
 
 
 def waiting_children_patch() -> Record:
     """The handler had its job wait for its children."""
-    return {"status": "pending"}
+    return {"status": "pending", **_NOT_FINISHED}
 
 
 def moved_to_delayed_patch(*, until_ms: float) -> Record:
-    """The handler delayed its own job."""
-    return {"status": "delayed", "delayUntil": iso(until_ms)}
+    """The handler delayed its own job; or its work has to be done again, and not at once."""
+    return {"status": "delayed", "delayUntil": iso(until_ms), **_NOT_FINISHED}
 
 
 def success_result(output: object, duration_ms: float) -> Record:
@@ -138,7 +153,7 @@ def unknown_job_row(queue: str, job: UnknownJob) -> Record:
     can't be stored. A priority other than BullMQ's 1 to 4 is "normal", fewer than one attempt is
     one, and what is no time is now.
     """
-    opts = job.opts if isinstance(job.opts, Mapping) else {}
+    options = job.options if isinstance(job.options, Mapping) else {}
     added = job.timestamp if _is_finite(job.timestamp) else time.time() * 1000
     name = storable(queue)
     return {
@@ -147,9 +162,9 @@ def unknown_job_row(queue: str, job: UnknownJob) -> Record:
         "queueName": name,
         "payload": _payload(job.data),
         "status": "pending",
-        "priority": _priority_word(opts.get("priority")),
+        "priority": _priority_word(options.get("priority")),
         "attempts": 0,
-        "maxAttempts": max(1, _whole(opts.get("attempts"))),
+        "maxAttempts": max(1, _whole(options.get("attempts"))),
         "enqueuedAt": iso(added),
         "startedAt": None,
         "completedAt": None,
@@ -168,7 +183,23 @@ def row_id(queue: str, job_id: str) -> str:
     The queue's name goes before the integers, from 1 up, that BullMQ gives to jobs of every queue;
     it refuses them as ids of a producer's choice.
     """
-    return clean_text(f"{queue}:{job_id}" if _COUNTED_ID.fullmatch(job_id) else job_id)
+    return own_row_id(queue, job_id) if _COUNTED_ID.fullmatch(job_id) else clean_text(job_id)
+
+
+def own_row_id(queue: str, job_id: str) -> str:
+    """Return the id of a row that is this queue's only, whatever rows other queues have."""
+    return clean_text(f"{queue}:{job_id}")
+
+
+def is_task_of_api(job_id: str, options: Mapping[str, Any]) -> bool:
+    """Whether the API made a job (contract, section 1), so that its row was there before it."""
+    return (
+        _API_ID.fullmatch(job_id) is not None
+        and options.get("jobId") == job_id
+        and options.get("priority") in _PRIORITY_WORDS
+        and "attempts" in options
+        and "backoff" in options
+    )
 
 
 def encode(record: Record) -> str:

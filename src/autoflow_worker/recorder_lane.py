@@ -1,7 +1,7 @@
 """One connection to PostgreSQL, and the task that writes batches over it."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import orjson
@@ -9,7 +9,7 @@ import psycopg
 import structlog
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from autoflow_worker.errors import DatabaseUnavailableError
+from autoflow_worker.errors import DatabaseUnavailableError, PartDiedError
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.masking import mask_secrets
 from autoflow_worker.postgres_link import PostgresLink
@@ -20,18 +20,19 @@ from autoflow_worker.row_statements import (
     LOCKED,
     LOOK,
     REFUSED,
-    ROW_REFUSED,
     SESSION,
-    UNSTORABLE,
+    TABLE_LOCKED,
     UPDATE_MANY,
     UPDATE_MANY_RELAXED,
     UPDATE_ONE,
     UPDATE_ONE_RELAXED,
     WORDS_OF_REFUSAL,
+    Blame,
     UnencodableError,
+    blame,
+    reason_of,
 )
-from autoflow_worker.storable import dump
-from autoflow_worker.writes import Verdict, Write
+from autoflow_worker.writes import NewRow, Verdict, Write
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +51,12 @@ RETRY_PAUSE: Final = 0.1
 RETRY_PAUSE_MAX: Final = 2.0
 """Seconds between two retries, at most."""
 
+MAX_SUSPECTS: Final = 5
+"""Writes that this code may break on with none written in between; then the code is to blame."""
+
+_LEFT_ROW: Final = "PostgreSQL leaves the row as it is: a trigger or a policy"
+_NO_NEW_ROW: Final = "PostgreSQL makes no row: a trigger or a policy"
+
 
 class Source(Protocol):
     """Where a lane gets its batches, and tells how it goes: the recorder."""
@@ -62,6 +69,10 @@ class Source(Protocol):
         """Try a write again in a while, by itself."""
         ...
 
+    def note_refusal(self, write: Write, why: Exception | str) -> None:
+        """PostgreSQL does not take a write."""
+        ...
+
     def wake_lanes(self) -> None:
         """Set the lanes to work, if there is some."""
         ...
@@ -70,8 +81,8 @@ class Source(Protocol):
         """PostgreSQL could not be reached, or gave up."""
         ...
 
-    def note_success(self) -> None:
-        """A batch was written."""
+    def note_written(self, writes: Sequence[Write]) -> None:
+        """These were written, so PostgreSQL is there."""
         ...
 
 
@@ -90,6 +101,7 @@ class Lane:
         self.batch: list[Write] = []
         self.began_at = 0.0
         self._at_least = 1
+        self._suspects: set[tuple[str, object]] = set()
         self.task: asyncio.Task[None] | None = None
 
     async def open(self, timeout: float) -> None:
@@ -194,8 +206,6 @@ class Lane:
         pause = 0.0
         while left := _unsettled(self.batch):
             try:
-                if left[0].alone:
-                    left = await self._without_locked(left)
                 await self._write(left)
             except psycopg.errors.LockNotAvailable:
                 continue  # The whole table is locked; the lock's timeout was the pause.
@@ -207,30 +217,50 @@ class Lane:
                 self._source.note_outage(error)
                 await asyncio.sleep(pause)
                 pause = min(max(pause * 2, RETRY_PAUSE), RETRY_PAUSE_MAX)
-            else:
-                self._source.note_success()
 
     async def _write(self, writes: Sequence[Write]) -> None:
         """Write these; a bad one among them is found by halving, so the others are not held up."""
         if not writes:
             return
         try:
-            refused = await self._update(writes)
-            failpoint("in-batch")
-            for write in writes:
-                if write.row_id not in refused:
-                    write.settle(Verdict.WRITTEN)
-            if refused:
-                await self._explain([*refused.values()])
+            await self._send(writes)
         except psycopg.errors.LockNotAvailable as error:
             left = _unsettled(writes)
             free = await self._without_locked(left)
             if len(free) < len(left):
                 await self._write(free)
+            elif await (await self.link()).execute(TABLE_LOCKED):
+                raise
             else:  # somebody may be about to insert one of the rows
                 await self._write_halves(left, error)
-        except (*UNSTORABLE, *ROW_REFUSED) as error:
+        except PartDiedError:
+            raise
+        except Exception as error:
+            whose = blame(error)
+            if whose is Blame.SERVER:
+                raise
+            if whose is Blame.CODE:
+                await self._disconnect()  # Nobody knows what it left half done.
             await self._write_halves(_unsettled(writes), error)
+
+    async def _send(self, writes: Sequence[Write]) -> None:
+        """Write these, all or none; each that its row does not take is settled or put off."""
+        if writes[0].times_put_off:
+            writes = await self._without_locked(writes)
+            if not writes:
+                return
+        if new := [write for write in writes if write.new_row is not None]:
+            await self._insert(new)
+        left = await self._update(writes)
+        failpoint("in-batch")
+        written = [w for w in writes if w.row_id not in left] if left else writes
+        for write in written:
+            write.settle(Verdict.WRITTEN)
+        if written:
+            self._suspects.clear()
+            self._source.note_written(written)
+        if left:
+            await self._explain([*left.values()])
 
     async def _write_halves(self, writes: Sequence[Write], error: Exception) -> None:
         """Write what failed as a whole; one that fails by itself is made smaller, or put off."""
@@ -238,10 +268,25 @@ class Lane:
             middle = len(writes) // 2
             await self._write(writes[:middle])
             await self._write(writes[middle:])
-        elif writes and isinstance(error, UNSTORABLE):
-            await self._write_smallest(writes[0], error)
-        elif writes:
-            self._put_off(writes[0], str(error))
+            return
+        for write in writes:
+            whose = blame(error)
+            if whose is Blame.CONTENT and not write.is_smallest:
+                await self._write_smallest(write, error)
+                continue
+            if whose is Blame.CODE:
+                self._suspect(write, error)
+            self._refuse(write, error)
+
+    def _suspect(self, write: Write, error: Exception) -> None:
+        """Note that this code broke over a write: its own trouble, as long as others are written.
+
+        Raises:
+            PartDiedError: it breaks over every write.
+        """
+        self._suspects.add((write.row_id, write.patch.get("status")))
+        if len(self._suspects) >= MAX_SUSPECTS:
+            raise PartDiedError(f"no row can be written: {reason_of(error)}") from error
 
     async def _without_locked(self, writes: Sequence[Write]) -> list[Write]:
         """Put off the writes whose rows somebody has locked; the others."""
@@ -250,12 +295,16 @@ class Lane:
         locked = {row[0] for row in rows}
         for write in writes:
             if write.row_id in locked:
-                self._put_off(write, "somebody has locked the row")
+                if not write.times_put_off:
+                    log.warning("row_locked", row=write.row_id)
+                self._put_off(write)
         return [write for write in writes if write.row_id not in locked]
 
-    def _put_off(self, write: Write, reason: str) -> None:
-        if not write.alone:
-            log.warning("write_put_off", row=write.row_id, reason=mask_secrets(reason.strip()))
+    def _refuse(self, write: Write, why: Exception | str) -> None:
+        self._source.note_refusal(write, why)
+        self._put_off(write)
+
+    def _put_off(self, write: Write) -> None:
         self.batch.remove(write)
         self._source.postpone(write)
 
@@ -277,15 +326,25 @@ class Lane:
         return {write.row_id: write for write in writes if write.row_id not in written}
 
     async def _write_smallest(self, write: Write, error: Exception) -> None:
-        if write.is_smallest:
-            write.settle(Verdict.UNSTORABLE)
+        """Write what still is true of a patch; one that is refused all the same stays whole."""
+        whole = write.text, write.new_row
+        try:
+            write.text = orjson.dumps(_smallest_patch(write.patch)).decode()
+        except Exception as broken:
+            self._suspect(write, broken)
+            self._refuse(write, broken)
             return
-        log.error("unstorable_patch", row=write.row_id, reason=mask_secrets(str(error).strip()))
         write.is_smallest = True
-        write.patch = _smallest_patch(write.patch)
-        write.text = orjson.dumps(write.patch).decode()
-        write.new_row = None if write.new_row is None else _smallest_row(write.new_row)
-        await self._write([write])
+        if write.new_row is not None:
+            write.new_row = NewRow(write.new_row.smallest, write.new_row.smallest)
+        try:
+            await self._write([write])
+        finally:
+            if not write.settled.done():
+                write.is_smallest = False
+                write.text, write.new_row = whole
+        if _is_written(write):
+            log.error("unstorable_patch", row=write.row_id, reason=reason_of(error))
 
     async def _explain(self, writes: Sequence[Write]) -> None:
         """Find out why rows were not written: each reason has its own way on."""
@@ -293,44 +352,35 @@ class Lane:
         found = await link.execute(LOOK, _as_json([write.row_id for write in writes]))
         rows = {row[0]: row[1:] for row in found}
         again: list[Write] = []
-        missing: list[Write] = []
         for write in writes:
             kind, queue, status, started_at = rows.get(write.row_id, (None, None, None, None))
-            if kind is None and write.new_row:
-                missing.append(write)
-            elif kind is None:
+            if kind is None and write.new_row is None:
                 write.settle(Verdict.MISSING)
-            elif kind != "object":
+            elif kind not in (None, "object"):
                 log.error("row_is_not_an_object", row=write.row_id, kind=kind)
-                write.settle(Verdict.MISSING)
+                write.settle(Verdict.UNUSABLE)
             elif queue is not None and queue != write.queue:
-                # Another queue's task has this id: this job's history gets a row of its own.
-                write.row_id = f"{write.queue}:{write.row_id}"
-                again.append(write)
+                write.settle(Verdict.FOREIGN)
             elif status == "cancelled" and write.patch.get("status") != "completed":
                 write.settle(Verdict.CANCELLED)
-            elif (write.since is not None and (started_at or "") > write.since) or (
-                write.fence is not None and started_at != write.fence
+            elif kind is not None and (
+                (write.since is not None and (started_at or "") > write.since)
+                or (write.fence is not None and started_at != write.fence)
             ):
                 write.settle(Verdict.CONTESTED)
             elif not write.puzzled:  # the row may have changed between the two statements
                 write.puzzled = True
                 again.append(write)
             else:
-                self._put_off(write, "PostgreSQL leaves the row as it is, a trigger or a policy")
-        if missing:
-            await self._insert(missing)
-            again += missing
-        if again:
-            await self._write(again)
+                self._refuse(write, _NO_NEW_ROW if kind is None else _LEFT_ROW)
+        await self._write(again)
 
     async def _insert(self, writes: Sequence[Write]) -> None:
-        """Create rows for jobs that have none; the write itself follows."""
+        """Make the rows that are not there; the writes themselves follow."""
         rows = [
-            # Not by orjson at once: a payload may hold integers beyond its 64 bits.
-            {"id": write.row_id, "data": orjson.Fragment(dump(dict(write.new_row())))}
+            {"id": write.row_id, "data": orjson.Fragment(write.new_row.text)}
             for write in writes
-            if write.new_row
+            if write.new_row is not None
         ]
         link = await self.link()
         await link.execute(INSERT, _as_json(rows))
@@ -348,7 +398,12 @@ async def _connect(conninfo: str) -> PostgresLink:
 
 
 def _unsettled(writes: Iterable[Write]) -> list[Write]:
-    return [write for write in writes if not write.settled.done()]
+    return [write for write in writes if not (write.settled.done() or write.is_put_off)]
+
+
+def _is_written(write: Write) -> bool:
+    settled = write.settled
+    return settled.done() and not settled.cancelled() and settled.result() is Verdict.WRITTEN
 
 
 def _as_json(rows: Sequence[object]) -> bytes:
@@ -377,10 +432,6 @@ def _smallest_patch(patch: Mapping[str, Any]) -> dict[str, Any]:
             "lastAttemptAt": error["lastAttemptAt"],
         }
     return smaller
-
-
-def _smallest_row(new_row: Callable[[], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
-    return lambda: {**new_row(), "payload": {}}
 
 
 def _is_refusal(reason: str) -> bool:

@@ -1,8 +1,11 @@
 """The statements that write the tasks table, and what PostgreSQL's refusals of them mean."""
 
+import enum
 from typing import Final
 
 import psycopg
+
+from autoflow_worker.masking import mask_secrets
 
 LOCK_TIMEOUT: Final = "50ms"
 """How long a batch waits for somebody else's lock before the locked rows are put off."""
@@ -52,26 +55,62 @@ class UnencodableError(ValueError):
     """A text that is no text, such as half a surrogate pair, can't be sent to PostgreSQL."""
 
 
-# Errors that the content of a patch caused: the same statement can never succeed.
-UNSTORABLE: Final = (
-    UnencodableError,
-    psycopg.DataError,
-    psycopg.IntegrityError,
-    psycopg.errors.ProgramLimitExceeded,
-    psycopg.errors.StatementTooComplex,
-    UnicodeError,
-)
+class Blame(enum.Enum):
+    """Whose fault it is that a statement failed."""
 
-# Errors that one row may cause without its patch being to blame: by its triggers or policies, by
-# damage, or because the statement took too long. The row may be written later, the others now.
-ROW_REFUSED: Final = (
-    psycopg.errors.QueryCanceled,
-    psycopg.errors.InsufficientPrivilege,
-    psycopg.errors.PlpgsqlError,
-    psycopg.errors.RaiseException,
-    psycopg.errors.InternalError_,
-    psycopg.errors.DataCorrupted,
-)
+    CONTENT = "content"  # a patch holds what PostgreSQL can't store: it fails again and again
+    ROW = "row"  # PostgreSQL refuses one row now; its patch may be written later, the others now
+    SERVER = "server"  # nothing can be written now
+    CODE = "code"  # this package's own, over one of the writes or over all of them
+
+
+# By classes of SQLSTATE: data that can't be stored, and limits of the program.
+_CONTENT_CLASSES: Final = frozenset({"22", "54"})
+# Constraints (23), what triggers and their functions raise, a view's check, and damage.
+_ROW_CLASSES: Final = frozenset({"09", "20", "21", "23", "2F", "38", "39", "44", "P0", "XX"})
+# A policy or a missing right, and a statement that took too long.
+_ROW_CODES: Final = frozenset({"42501", "57014"})
+
+
+def blame(error: Exception) -> Blame:
+    """Return whose fault an error is that came up while writes were on their way."""
+    if isinstance(error, UnencodableError | UnicodeError):
+        return Blame.CONTENT
+    if isinstance(error, psycopg.Error):
+        code = error.sqlstate or ""
+        if code[:2] in _CONTENT_CLASSES:
+            return Blame.CONTENT
+        if code[:2] in _ROW_CLASSES or code in _ROW_CODES:
+            return Blame.ROW
+        # A statement that PostgreSQL can't work with is the table's, unless a trigger has it.
+        return Blame.ROW if code[:2] == "42" and error.diag.context else Blame.SERVER
+    return Blame.SERVER if isinstance(error, OSError) else Blame.CODE
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error in words, without what the server quotes from the row.
+
+    The text of a psycopg error holds DETAIL, which lists all columns of the row, and CONTEXT, which
+    quotes JSON.
+    """
+    if isinstance(error, psycopg.Error):
+        reason = error.diag.message_primary or str(error)
+        if (error.sqlstate or "").startswith("22"):
+            reason = reason.partition(': "')[0]  # what follows is the value
+    elif isinstance(error, UnencodableError):
+        reason = str(error)
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    return mask_secrets(reason.strip()) or type(error).__name__
+
+
+def facts_of(error: Exception) -> dict[str, str | None]:
+    """Return what a log line says of an error: the reason, the SQLSTATE and the constraint."""
+    facts: dict[str, str | None] = {"reason": reason_of(error)}
+    if isinstance(error, psycopg.Error):
+        facts |= {"sqlstate": error.sqlstate, "constraint": error.diag.constraint_name}
+    return facts
+
 
 CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 
@@ -120,6 +159,15 @@ WITH wanted AS MATERIALIZED (SELECT json_array_elements_text($1::json) AS id),
 free AS MATERIALIZED (
   SELECT id FROM tasks WHERE id = ANY(ARRAY(SELECT id FROM wanted)) FOR NO KEY UPDATE SKIP LOCKED)
 SELECT id FROM tasks WHERE id = ANY(ARRAY(SELECT id FROM wanted)) EXCEPT SELECT id FROM free
+"""
+# Whether somebody has, or waits for, a lock of the table that no row can be written beside: an
+# index that is built, a migration. Who waits for one is before us, too.
+TABLE_LOCKED: Final = """
+SELECT FROM pg_locks
+WHERE relation = to_regclass('tasks') AND pid <> pg_backend_pid()
+  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+LIMIT 1
 """
 LOOK: Final = """
 SELECT id, jsonb_typeof(data), data->>'queueName', data->>'status', data->>'startedAt'

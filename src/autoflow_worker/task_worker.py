@@ -7,6 +7,7 @@ BullMQ is told. A crash in between runs the job again, and never leaves a row th
 """
 
 import asyncio
+import time
 from functools import partial
 from typing import Any, Final
 from uuid import uuid4
@@ -27,7 +28,8 @@ from autoflow_worker.execution import UNWIND_PATIENCE, TimeLimit
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.fetcher import Fetcher
 from autoflow_worker.handler_threads import HandlerThreads
-from autoflow_worker.job_history import JobHistory
+from autoflow_worker.held_outcomes import HeldOutcomes
+from autoflow_worker.job_history import JobHistory, OutcomeRefusedError
 from autoflow_worker.job_queue import JobQueue
 from autoflow_worker.job_run import JobRun
 from autoflow_worker.keepers import Keepers
@@ -50,6 +52,11 @@ MAX_CLAIMS_BROKEN: Final = 3
 
 RECORD_HANDED_BACK: Final = 0.3
 """Seconds that recording `pending` may take at the deadline; the jobs are handed back anyway."""
+
+RERUN_DELAY: Final = 5.0
+"""Seconds until a job runs again whose outcome PostgreSQL refused; doubled with each claim."""
+
+RERUN_DELAY_MAX: Final = 60.0
 
 
 class TaskWorker:
@@ -79,6 +86,8 @@ class TaskWorker:
         self._record_unknown_jobs = record_unknown_jobs
         self._id = uuid4().hex
         self._running: dict[Claim, JobHistory] = {}
+        # The other slots go on working, whatever rows PostgreSQL refuses.
+        self._held_outcomes = HeldOutcomes(concurrency // 2)
         self._closed = False
         self._threads = HandlerThreads(task.queue_name, limit=concurrency)
         self._breakages = Breakages()
@@ -175,9 +184,9 @@ class TaskWorker:
         await asyncio.gather(*(self._hand_back(*job) for job in held.items()))
         await self._queue.put_marker_back()
 
-    async def _hand_back(self, job_id: str, token: str, delay_ms: int = 0) -> None:
+    async def _hand_back(self, job_id: str, token: str, until_ms: int = 0) -> None:
         try:
-            await self._queue.hand_back(job_id, token, delay_ms)
+            await self._queue.hand_back(job_id, token, until_ms)
             log.info("job_handed_back", queue=self.task.queue_name, task_id=job_id)
         except (LockLostError, MalformedJobError, ChildrenLeftError) as error:
             reason = str(error)
@@ -199,7 +208,11 @@ class TaskWorker:
         """Run one job to its acknowledgement; the job that the acknowledgement brought."""
         # Not taken out when this is cancelled: `close` hands back what is left.
         history = self._running[claim] = JobHistory(
-            self._recorder, self._queue, claim, record_unknown_jobs=self._record_unknown_jobs
+            self._recorder,
+            self._queue,
+            claim,
+            self._held_outcomes,
+            record_unknown_jobs=self._record_unknown_jobs,
         )
         failpoint("after-claim")
         run = JobRun(
@@ -219,6 +232,8 @@ class TaskWorker:
                 self._breakages.end()
         except LockLostError as error:
             self._note_loss(claim, error)
+        except OutcomeRefusedError as error:
+            await self._run_again_later(claim, history, str(error))
         except WorkerError:
             raise
         except Exception as error:
@@ -267,3 +282,17 @@ class TaskWorker:
             return await self._queue.insist(lambda: self._queue.count_breakage(claim))
         except RedisError:  # It is no hash, so nothing can be counted in it.
             return MAX_CLAIMS_BROKEN
+
+    async def _run_again_later(self, claim: Claim, history: JobHistory, reason: str) -> None:
+        """Hand a job back whose work was done and can't be told: it has to be done again."""
+        delay_s = min(RERUN_DELAY * 2 ** min(claim.attempts_started - 1, 10), RERUN_DELAY_MAX)
+        log.error(
+            "job_runs_again",
+            queue=self._queue.name,
+            task_id=claim.id,
+            delay_s=delay_s,
+            reason=reason,
+        )
+        until_ms = time.time_ns() // 1_000_000 + int(delay_s * 1000)
+        await history.run_again(until_ms)
+        await self._queue.insist(partial(self._hand_back, claim.id, claim.token, until_ms))

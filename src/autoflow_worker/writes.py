@@ -2,7 +2,8 @@
 
 import asyncio
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
@@ -12,30 +13,54 @@ class Verdict(enum.Enum):
     """What became of a write."""
 
     WRITTEN = "written"
-    LATE = "late"  # not yet: PostgreSQL is away, the write follows
     CANCELLED = "cancelled"  # the row says so, and still does
     CONTESTED = "contested"  # the row shows another start than this attempt's
-    MISSING = "missing"  # there is no row, and none is wanted
-    UNSTORABLE = "unstorable"  # not even the smallest true patch can be stored
+    MISSING = "missing"  # there is no row
+    FOREIGN = "foreign"  # the row is that of another queue's task
+    UNUSABLE = "unusable"  # the row's data is no object, so nothing can be merged into it
+    WITHDRAWN = "withdrawn"  # the caller gave it up before it was written
+    # Not the last word: the write stays on its way.
+    LATE = "late"  # a start was waited for long enough
+    PUT_OFF = "put off"  # PostgreSQL does not take an outcome now
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """A row to make where there is none.
+
+    Attributes:
+        text: the whole `data`, as JSON.
+        smallest: the same without the payload, in case that can't be stored.
+    """
+
+    text: str
+    smallest: str
 
 
 class Write:
     """One patch on its way into one row.
 
     Attributes:
-        ready: the verdict, or `Verdict.LATE` where a start was waited for long enough.
-        settled: the verdict, however long it takes; the same future unless `ready` was LATE.
-        alone: it was put off before, so it must not hold up others.
+        ready: the first verdict: LATE for a start that was waited for long enough, PUT_OFF for an
+            outcome that PostgreSQL does not take, else the last verdict.
+        settled: the next verdict, the same future as `ready` until that is done. A start that is
+            LATE may say PUT_OFF here once; what comes after that is the last verdict.
+        new_row: the row to make if there is none; may be given later, too.
+        times_put_off: how often PostgreSQL did not take it. From the first time on it is written
+            by itself, so that it holds up no others.
+        is_put_off: it waits for its next try, so no lane may touch it.
+        is_withdrawn: it is given up as soon as no statement holds it.
         puzzled: it was not written once, and nothing in its row says why.
         is_smallest: it holds nothing more that could be left out.
     """
 
     __slots__ = (
-        "alone",
         "created_at",
         "fence",
+        "is_put_off",
         "is_smallest",
         "is_start",
+        "is_withdrawn",
         "new_row",
         "patch",
         "puzzled",
@@ -45,6 +70,7 @@ class Write:
         "settled",
         "since",
         "text",
+        "times_put_off",
     )
 
     def __init__(
@@ -56,7 +82,7 @@ class Write:
         *,
         since: str | None = None,
         fence: str | None = None,
-        new_row: Callable[[], Mapping[str, Any]] | None = None,
+        new_row: NewRow | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.row_id = row_id
@@ -67,7 +93,9 @@ class Write:
         self.fence = fence
         self.new_row = new_row
         self.is_start = patch.get("status") == "active"
-        self.alone = False
+        self.times_put_off = 0
+        self.is_put_off = False
+        self.is_withdrawn = False
         self.puzzled = False
         self.is_smallest = False
         self.created_at = loop.time()
@@ -75,14 +103,25 @@ class Write:
         self.settled = self.ready
 
     def settle(self, verdict: Verdict) -> None:
+        """Say the last word."""
         if not self.settled.done():
             self.settled.set_result(verdict)
 
-    def release(self) -> None:
-        """Let the caller go on; the write stays on its way."""
-        if self.settled is self.ready and not self.ready.done():
-            self.settled = asyncio.get_running_loop().create_future()
-            self.ready.set_result(Verdict.LATE)
+    def release(self, verdict: Verdict) -> None:
+        """Tell the caller how it stands; the write stays on its way."""
+        if not self.settled.done():
+            told, self.settled = self.settled, asyncio.get_running_loop().create_future()
+            told.set_result(verdict)
+
+    def put_off(self) -> None:
+        """PostgreSQL does not take it now. Who waits for it is told the first time.
+
+        A start's caller waits no longer than for LATE, and is not told before.
+        """
+        self.is_put_off = True
+        self.times_put_off += 1
+        if self.times_put_off == 1 and (self.ready.done() or not self.is_start):
+            self.release(Verdict.PUT_OFF)
 
     @property
     def settles(self) -> bool:
@@ -116,4 +155,8 @@ class Recorder(Protocol):
 
     def submit(self, write: Write) -> Write:
         """Put a write on its way; the caller awaits its `ready` or `settled`."""
+        ...
+
+    def withdraw(self, write: Write) -> None:
+        """Give up a write that was put off; its `settled` says whether it was written first."""
         ...

@@ -359,7 +359,7 @@ async def test_redis_away_does_not_hold_the_exit(
     urls = {"redis_url": own_redis.url, "database_url": database_url, "prefix": prefix}
     async with Node(5, own_redis.url, prefix, quiet=True) as node:
         async with running([a_task(handler)], **urls, worker_shutdown_grace=GRACE) as worker:
-            job_id = await node.schedule(QUEUE)
+            job_id = await node.schedule(QUEUE, task_id="not-of-the-api")
             await until(lambda: handler.runs)
             await go_away(own_redis, how)
             assert await bounded_stop(worker) == EXIT_HANDED_BACK

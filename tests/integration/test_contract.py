@@ -427,6 +427,7 @@ async def test_a_job_without_a_row_gets_one(run_worker: RunWorker, api: Api) -> 
     task_id = await api.node.schedule(
         QUEUE,
         {"email": "a@b.c", "nested": {"correlationId": "kept"}},
+        task_id="not-of-the-api",
         priority="high",
         attempts=4,
         correlation_id="c-1",
@@ -493,7 +494,9 @@ async def test_jobs_without_a_row_go_without_when_the_setting_is_off(
             raise UnrecoverableError("no")
 
     known = await api.schedule(QUEUE, {"n": 0})
-    unknown = [await api.node.schedule(QUEUE, {"n": n}) for n in (0, 1)]
+    unknown = [
+        await api.node.schedule(QUEUE, {"n": n}, task_id=f"not-of-the-api-{n}") for n in (0, 1)
+    ]
     async with run_worker([task(handler)], record_unknown_jobs=False):
         await api.until_both_say(QUEUE, known, "completed")
 
@@ -527,7 +530,7 @@ async def test_timestamps_are_in_utc_whatever_the_session_says(
     run_worker: RunWorker, api: Api, database_url: str
 ) -> None:
     known = await api.schedule(QUEUE)
-    unknown = await api.node.schedule(QUEUE)
+    unknown = await api.node.schedule(QUEUE, task_id="not-of-the-api")
     await api.db.execute("UPDATE tasks SET created_at = '2020-01-01', updated_at = '2020-01-01'")
     gate = Gate()
     gate.opened.set()

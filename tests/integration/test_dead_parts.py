@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from autoflow_worker import TaskContext, define_task, record
+from autoflow_worker import TaskContext, define_task
 from autoflow_worker.errors import PartDiedError
+from autoflow_worker.recorder import StatusRecorder
+from autoflow_worker.writes import Write
 from tests.support.api import Api
 from tests.support.node import Node
 from tests.support.process import WorkerStarter
@@ -87,18 +89,36 @@ async def test_reconnecting_to_redis_that_ends_unasked_ends_all(
     assert str(death) == "the connection to Redis ended unasked: it was cancelled"
 
 
-async def test_a_recorder_that_dies_over_a_write(
+async def test_a_recorder_that_dies_over_a_batch(
     run_worker: RunWorker, node5: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(record, "unknown_job_row", broken)
+    monkeypatch.setattr(StatusRecorder, "take", broken)
     async with run_worker([define_task("q", handler)]) as worker:
         await node5.schedule("q")
         death = await worker.death()
     assert isinstance(death, PartDiedError)
     assert str(death) == "status recorder 0 ended unasked: RuntimeError: a bug"
+
+
+async def test_a_recorder_that_breaks_over_every_write(
+    run_worker: RunWorker, node5: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Write, "as_parameters", broken)
+    monkeypatch.setattr(Write, "as_json", broken)
+    async with run_worker([define_task("q", handler)], worker_concurrency=10) as worker:
+        for _ in range(5):
+            await node5.schedule("q")
+        death = await worker.death()
+    assert isinstance(death, PartDiedError)
+    assert str(death) == (
+        "status recorder 0 ended unasked: no row can be written: RuntimeError: a bug"
+    )
 
 
 async def test_the_process_exits_with_1_and_the_reason(

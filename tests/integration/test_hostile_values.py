@@ -123,7 +123,8 @@ async def test_a_payload_with_numbers_beyond_64_bits_gets_its_row(
     run_worker: RunWorker, api: Api
 ) -> None:
     # JavaScript writes all the digits of a number below 1e21.
-    task_id = await api.node.schedule(QUEUE, {"case": "none", "n": 10**20})
+    payload = {"case": "none", "n": 10**20}
+    task_id = await api.node.schedule(QUEUE, payload, task_id="not-of-the-api")
     async with run_worker([hostile_task]):
         row = await api.until_both_say(QUEUE, task_id, "completed")
     assert row["payload"] == {"case": "none", "n": 10**20}

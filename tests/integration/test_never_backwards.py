@@ -25,6 +25,7 @@ from psycopg.types.json import Jsonb
 
 from autoflow_worker import record
 from autoflow_worker.claim import Claim, LockLostError
+from autoflow_worker.held_outcomes import HeldOutcomes
 from autoflow_worker.job_history import JobHistory
 from autoflow_worker.recorder import StatusRecorder
 from autoflow_worker.writes import Verdict
@@ -131,7 +132,9 @@ class Interleaving(RuleBasedStateMachine):
         self.clock_ms += 1
         claim = Claim(None, {}, self.row_id, "token", 0.0)
         claim.claimed_ms, claim.attempt = self.clock_ms + skew_ms, 1
-        history = JobHistory(self.stores.recorder, self, claim, record_unknown_jobs=False)
+        history = JobHistory(
+            self.stores.recorder, self, claim, HeldOutcomes(1), record_unknown_jobs=False
+        )
         attempt = Attempt(history, claim, self.clock_ms + skew_ms)
         self.attempts.append(attempt)
         self.holder, self.waiting = attempt, False
@@ -245,7 +248,7 @@ def new_row() -> Row:
     @dataclass
     class Job:
         data: object
-        opts: object
+        options: object
         timestamp: object
 
     return record.unknown_job_row(QUEUE, Job({}, {}, NOW_MS))

@@ -427,7 +427,7 @@ async def test_a_queue_that_is_broken_itself_does_not_cost_the_others(
         async with run_worker([poisoned.task(), define_task("other", poisoned.handler)]):
             await until(lambda: "job_not_buried" in {entry["event"] for entry in logs})
             await poisoned.db.until_status("fails-1", "failed")
-            other = await node5.schedule("other")
+            other = await node5.schedule("other", task_id="not-of-the-api")
             await poisoned.db.until_status(other, "completed")
 
 

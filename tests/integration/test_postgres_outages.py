@@ -286,7 +286,7 @@ async def test_a_handler_starts_all_the_same_after_a_while(scene: Scene) -> None
     async with scene.worker() as worker:
         await scene.postgres.stop()
         jobs = [
-            Scheduled({"n": n}, new_task_id(), attempts=2, backoff=20, opts=KEEP_ALL)
+            Scheduled({"n": n}, f"not-of-the-api-{n}", attempts=2, backoff=20, opts=KEEP_ALL)
             for n in range(100)
         ]
         await scene.node.schedule_all(QUEUE, jobs)

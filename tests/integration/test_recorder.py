@@ -20,7 +20,7 @@ from autoflow_worker.row_statements import (
     UPDATE_ONE,
     UPDATE_ONE_RELAXED,
 )
-from autoflow_worker.writes import Verdict, Write
+from autoflow_worker.writes import NewRow, Verdict, Write
 from tests.support.database import Connection, Database, task_data
 from tests.support.until import until
 
@@ -68,6 +68,10 @@ def failed(reason: str = "no reason") -> dict[str, Any]:
 def write(row_id: str, patch: Mapping[str, Any], text: str | None = None, **guards: Any) -> Write:
     queue = guards.pop("queue", QUEUE)
     return Write(row_id, queue, patch, text or record.encode(dict(patch)), **guards)
+
+
+def new(row: Mapping[str, Any]) -> NewRow:
+    return NewRow(record.encode(dict(row)), record.encode({**row, "payload": {}}))
 
 
 @asynccontextmanager
@@ -243,7 +247,7 @@ async def test_times_are_utc_whatever_the_time_zone(db: Database, zone: str) -> 
     new_row = task_data(QUEUE, {})
     async with recording(with_settings(db.url, TimeZone=zone)) as opened:
         await submit(
-            opened, write(task, active()), write("a-new-one", active(), new_row=lambda: new_row)
+            opened, write(task, active()), write("a-new-one", active(), new_row=new(new_row))
         )
     times = await db.fetch(
         "SELECT timezone('utc', now()) - updated_at FROM tasks"
@@ -305,16 +309,10 @@ async def test_a_cancelled_row_stays_cancelled(
 async def test_another_queues_row_is_left_alone(keeper: StatusRecorder, db: Database) -> None:
     task = await db.insert_task("another-queue", {"theirs": True})
     theirs = await db.row(task)
-    new_row = task_data(QUEUE, {"ours": True})
-    [verdict] = await submit(keeper, write(task, active(), new_row=lambda: new_row))
-    assert verdict is Verdict.WRITTEN
-    assert await db.row(task) == theirs
-    assert await db.row(f"{QUEUE}:{task}") == new_row | active()
-    # Later writes of the same job find their way; where no row is wanted, none is made.
-    assert await submit(keeper, write(task, completed())) == [Verdict.WRITTEN]
-    assert await db.status(f"{QUEUE}:{task}") == "completed"
-    assert await submit(keeper, write(task, active(), queue="third")) == [Verdict.MISSING]
-    assert len(await db.rows()) == 2
+    new_row = new(task_data(QUEUE, {"ours": True}))
+    verdicts = await submit(keeper, write(task, active(), new_row=new_row))
+    assert verdicts == await submit(keeper, write(task, completed())) == [Verdict.FOREIGN]
+    assert await db.rows() == {task: theirs}
 
 
 @pytest.mark.foreign_rows
@@ -324,11 +322,9 @@ async def test_a_row_that_is_not_an_object_is_left_alone(
 ) -> None:
     other = await db.insert_task(QUEUE)
     await db.execute("INSERT INTO tasks (id, data) VALUES ('odd', %s)", data)
-    new_row = task_data(QUEUE, {})
-    verdicts = await submit(
-        keeper, write("odd", active(), new_row=lambda: new_row), write(other, active())
-    )
-    assert verdicts == [Verdict.MISSING, Verdict.WRITTEN]
+    new_row = new(task_data(QUEUE, {}))
+    verdicts = await submit(keeper, write("odd", active(), new_row=new_row), write(other, active()))
+    assert verdicts == [Verdict.UNUSABLE, Verdict.WRITTEN]
     assert await db.fetch("SELECT data FROM tasks WHERE id = 'odd'") == [(json.loads(data),)]
 
 
@@ -349,8 +345,8 @@ async def test_a_missing_row_is_made_where_one_is_wanted(
     verdicts = await submit(
         keeper,
         write("unwanted", active()),
-        write("wanted", active(), new_row=lambda: wanted),
-        write(there, active(), new_row=lambda: wanted),
+        write("wanted", active(), new_row=new(wanted)),
+        write(there, active(), new_row=new(wanted)),
     )
     assert verdicts == [Verdict.MISSING, Verdict.WRITTEN, Verdict.WRITTEN]
     rows = await db.rows()
@@ -437,12 +433,16 @@ async def test_an_id_that_can_not_be_stored_costs_its_own_history(
     keeper: StatusRecorder, db: Database, row_id: str
 ) -> None:
     tasks = await insert_many(db, 20)
-    new_row = task_data(QUEUE, {})
-    bad = write(row_id, completed(), new_row=lambda: new_row)
-    verdicts = await submit(keeper, *(write(task, completed()) for task in tasks), bad)
-    assert verdicts == [Verdict.WRITTEN] * 20 + [Verdict.UNSTORABLE]
-    assert await submit(keeper, write(row_id, active())) == [Verdict.UNSTORABLE]
-    assert await db.statuses() == {"completed": 20}
+    bad = write(row_id, completed(), new_row=new(task_data(QUEUE, {})))
+    others = [write(task, completed()) for task in tasks]
+    for each in (*others, bad):
+        keeper.submit(each)
+    assert await settled(*others) == [Verdict.WRITTEN] * 20
+    assert await bad.ready is Verdict.PUT_OFF
+    await until(lambda: bad.times_put_off >= 2)
+    assert await submit(keeper, write(tasks[0], failed())) == [Verdict.WRITTEN]
+    keeper.withdraw(bad)
+    assert await bad.settled is Verdict.WITHDRAWN
 
 
 async def test_a_new_row_that_can_not_be_stored_costs_its_own_history(
@@ -451,19 +451,19 @@ async def test_a_new_row_that_can_not_be_stored_costs_its_own_history(
     tasks = await insert_many(db, 20)
     await db.execute(SPY)
     # No index takes so long a name.
-    bad_row = task_data(secrets.token_hex(4000), {})
+    bad_row = new(task_data(secrets.token_hex(4000), {}))
     good_row = task_data(QUEUE, {"good": 1})
     writes = [write(task, active()) for task in tasks]
-    writes.insert(7, write("new-bad", active(), new_row=lambda: bad_row))
-    writes.append(write("new-good", active(), new_row=lambda: good_row))
-    verdicts = await submit(keeper, *writes)
-    assert verdicts[7] is Verdict.UNSTORABLE
-    assert verdicts.count(Verdict.WRITTEN) == 21
+    bad = keeper.submit(write("new-bad", active(), new_row=bad_row))
+    writes.append(write("new-good", active(), new_row=new(good_row)))
+    assert await submit(keeper, *writes) == [Verdict.WRITTEN] * 21
+    await until(lambda: bad.is_put_off)
     rows = await db.rows()
     assert rows.keys() == {*tasks, "new-good"}
     assert rows["new-good"] == good_row | active()
     # What was written before the bad row showed is not written again.
     assert sorted(await spied(db, "id")) == sorted([*tasks, "new-good"])
+    keeper.withdraw(bad)
 
 
 # -- locks, time limits and conflicts --------------------------------------------------------------
@@ -523,7 +523,7 @@ async def test_a_row_that_is_just_being_inserted(keeper: StatusRecorder, db: Dat
     ours = task_data(QUEUE, {"whose": "ours"})
     async with await Connection.connect(db.url) as their:
         await their.execute("INSERT INTO tasks VALUES ('new', %s)", (json.dumps(row),))
-        held = keeper.submit(write("new", active(), new_row=lambda: ours))
+        held = keeper.submit(write("new", active(), new_row=new(ours)))
         assert await submit(keeper, write(other, active())) == [Verdict.WRITTEN]
         assert await submit(keeper, write(other, completed())) == [Verdict.WRITTEN]
         assert not held.settled.done()

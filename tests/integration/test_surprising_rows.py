@@ -14,14 +14,27 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from autoflow_worker import DelayedError, TaskContext, TaskDefinition, TaskOptions, define_task
+from autoflow_worker.worker_options import WorkerOptions
 from tests.support.api import Api, Json
 from tests.support.database import task_data
 from tests.support.node import Scheduled
+from tests.support.process import WorkerStarter
 from tests.support.running import RunWorker
 from tests.support.until import until
 
 QUEUE = "q"
 HOUR_MS = 3_600_000
+IMPATIENT: WorkerOptions = {"lockDuration": 1000, "stalledInterval": 1000}
+
+NEVER_ENDS = f"""
+    import asyncio
+    from autoflow_worker import define_task
+
+    async def handle(payload, ctx):
+        await asyncio.Event().wait()
+
+    tasks = [define_task("{QUEUE}", handle, worker_options={IMPATIENT})]
+"""
 
 Ending = Callable[[TaskContext], Awaitable[object]]
 Retry = Callable[[Api, str], Awaitable[None]]
@@ -256,7 +269,7 @@ async def test_a_row_that_comes_after_the_first_attempt(
     run_worker: RunWorker, api: Api, recorded: bool
 ) -> None:
     handler = Handler(raises, returns)
-    task_id = await api.node.schedule(QUEUE, attempts=2, backoff=HOUR_MS)
+    task_id = await api.node.schedule(QUEUE, attempts=2, backoff=HOUR_MS, task_id="not-of-the-api")
     async with run_worker([handler.task()], record_unknown_jobs=recorded):
         await until_state(api, task_id, "delayed")
         assert await api.db.status(task_id) == ("delayed" if recorded else None)
@@ -282,17 +295,55 @@ async def test_a_row_deleted_while_its_job_runs_stays_deleted(
     assert await api.db.row(task_id) is None
 
 
-async def test_a_job_that_runs_again_after_its_row_was_deleted_is_one_without_a_row(
-    run_worker: RunWorker, api: Api
+@pytest.mark.parametrize("whose", ["the API's", "another producer's"])
+async def test_a_row_deleted_between_two_attempts_stays_deleted(
+    run_worker: RunWorker, api: Api, whose: str
 ) -> None:
     handler = Handler(raises, returns, opened=False)
-    task_id = await api.schedule(QUEUE, {"n": 1}, attempts=2, backoff=10)
+    if whose == "the API's":
+        task_id = await api.schedule(QUEUE, {"n": 1}, attempts=2, backoff=10)
+    else:
+        task_id = await api.node.add(QUEUE, {"n": 1}, jobId="theirs", attempts=2, backoff=10)
     async with run_worker([handler.task()]):
         await api.until_both_say(QUEUE, task_id, "active")
         await api.db.execute("DELETE FROM tasks")
         handler.gate.set()
-        row = await api.until_both_say(QUEUE, task_id, "completed")
-    assert (row["attempts"], row["payload"]) == (2, {"n": 1})
+        await until_state(api, task_id, "completed")
+    assert handler.ran[task_id] == [1, 2]
+    assert await api.db.rows() == {}
+
+
+@pytest.mark.parametrize("ending", [returns, raises])
+async def test_a_row_deleted_before_its_job_starts_stays_deleted(
+    run_worker: RunWorker, api: Api, ending: Ending
+) -> None:
+    handler = Handler(ending)
+    task_id = await api.schedule(QUEUE, {"n": 1}, attempts=2, backoff=10)
+    other = await api.schedule(QUEUE, {"n": 2}, attempts=1)
+    await api.db.execute("DELETE FROM tasks WHERE id = %s", task_id)
+    with capture_logs() as logs:
+        async with run_worker([handler.task()]):
+            await until_state(api, task_id, "completed" if ending is returns else "failed")
+            await until_state(api, other, "completed" if ending is returns else "failed")
+    assert handler.ran[task_id] == ([1] if ending is returns else [1, 2])
+    assert (await api.db.rows()).keys() == {other}
+    said = [entry["task_id"] for entry in logs if entry["event"] == "job_without_row"]
+    assert said == [task_id] * len(handler.ran[task_id])
+
+
+async def test_a_row_deleted_while_its_worker_dies_stays_deleted(
+    run_worker: RunWorker, api: Api, worker_process: WorkerStarter
+) -> None:
+    task_id = await api.schedule(QUEUE)
+    worker = worker_process(NEVER_ENDS)
+    await api.until_both_say(QUEUE, task_id, "active")
+    await api.db.execute("DELETE FROM tasks")
+    worker.kill()
+    handler = Handler()
+    task = handler.task()
+    async with run_worker([define_task(QUEUE, handler, task.options, worker_options=IMPATIENT)]):
+        await until_state(api, task_id, "completed")
+    assert await api.db.rows() == {}
 
 
 @pytest.mark.foreign_rows

@@ -17,9 +17,9 @@ ORDER = """
     worker_options payload task loader
     digits cleaning storable failure record
     breakages handler_threads execution retry
-    writes row_statements postgres_link recorder_lane recorder database
+    writes row_statements refusals postgres_link recorder_lane recorder database
     redis_channel redis_client fitness queue_scripts script_guard claim completion job_queue
-    fetcher keepers job_history job_run task_worker
+    fetcher keepers held_outcomes job_history job_run task_worker
     new_rows scheduler
     signals service
     postgres_cluster embedded check reconcile dev demo_kinds demo_jobs demo_display demo

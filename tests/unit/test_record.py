@@ -27,7 +27,7 @@ class Job:
     """The parts of a `bullmq.Job` that a row is made of."""
 
     data: Any = None
-    opts: Any = None
+    options: Any = None
     timestamp: Any = NOW
 
 
@@ -43,11 +43,12 @@ def assert_row(row: dict[str, Any]) -> None:
 # -- patches (contract, section 3) ---------------------------------------------------------------
 
 RESULT = {"success": True, "output": {"sent": True}, "duration": 12}
+NOT_FINISHED = {"completedAt": None, "failedAt": None, "result": None}
 
 PATCHES = {
     "active": (
         record.active_patch(now_ms=NOW, attempt=1),
-        {"status": "active", "startedAt": TODAY, "attempts": 1},
+        {"status": "active", "startedAt": TODAY, "attempts": 1, **NOT_FINISHED},
     ),
     "completed": (
         record.completed_patch(now_ms=NOW, result=record.success_result({"sent": True}, 12)),
@@ -62,21 +63,37 @@ PATCHES = {
     ),
     "delayed": (
         record.delayed_patch(until_ms=NOW + 1000, attempt=2, error=ERROR),
-        {"status": "delayed", "delayUntil": LATER, "attempts": 2, "error": ERROR},
+        {
+            "status": "delayed",
+            "delayUntil": LATER,
+            "attempts": 2,
+            "error": ERROR,
+            **NOT_FINISHED,
+        },
     ),
     "pending": (
         record.pending_patch(attempt=2, error=ERROR),
-        {"status": "pending", "attempts": 2, "error": ERROR},
+        {"status": "pending", "attempts": 2, "error": ERROR, **NOT_FINISHED},
     ),
     "failed": (
         record.failed_patch(now_ms=NOW, attempt=3, error=ERROR),
-        {"status": "failed", "failedAt": TODAY, "attempts": 3, "error": ERROR},
+        {
+            "status": "failed",
+            "failedAt": TODAY,
+            "attempts": 3,
+            "error": ERROR,
+            "completedAt": None,
+            "result": None,
+        },
     ),
-    "handed back": (record.handed_back_patch(), {"status": "pending"}),
-    "waiting for children": (record.waiting_children_patch(), {"status": "pending"}),
+    "handed back": (record.handed_back_patch(), {"status": "pending", **NOT_FINISHED}),
+    "waiting for children": (
+        record.waiting_children_patch(),
+        {"status": "pending", **NOT_FINISHED},
+    ),
     "moved to delayed": (
         record.moved_to_delayed_patch(until_ms=NOW + 1000),
-        {"status": "delayed", "delayUntil": LATER},
+        {"status": "delayed", "delayUntil": LATER, **NOT_FINISHED},
     ),
 }
 
@@ -245,7 +262,7 @@ opts = st.fixed_dictionaries({}, optional={"priority": anything, "attempts": any
 @given(st.text(st.characters(exclude_categories=())), anything, opts, anything)
 def test_any_job_gets_a_row(queue: str, data: Any, opts: Any, timestamp: Any) -> None:
     assert_row(
-        record.unknown_job_row(queue, SimpleNamespace(data=data, opts=opts, timestamp=timestamp))
+        record.unknown_job_row(queue, SimpleNamespace(data=data, options=opts, timestamp=timestamp))
     )
 
 
