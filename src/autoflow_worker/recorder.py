@@ -128,8 +128,8 @@ class StatusRecorder:
             self._due_comes_next = False
             return [self._due.popleft()]
         busy = {write.row_id for lane in self._lanes for write in lane.batch}
-        busy.update(write.row_id for write in self._postponed)
-        busy.update(write.row_id for write in self._due)
+        put_off = (*self._postponed, *self._due)
+        busy.update(write.row_id for write in put_off if not write.settled.done())
         batch: dict[str, Write] = {}
         passed: list[Write] = []
         room = MAX_BATCH_SIZE

@@ -11,6 +11,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import orjson
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
 from autoflow_worker import record, recorder, recorder_lane
 from autoflow_worker.recorder import StatusRecorder
@@ -466,6 +467,192 @@ async def test_a_new_row_that_can_not_be_stored_costs_its_own_history(
     keeper.withdraw(bad)
 
 
+# -- what PostgreSQL refuses -----------------------------------------------------------------------
+
+CHECKED = "ALTER TABLE tasks ADD CONSTRAINT checked CHECK (NOT data->'payload' ? 'bad') NOT VALID"
+UNCHECKED = "ALTER TABLE tasks DROP CONSTRAINT checked"
+
+
+async def test_a_row_that_is_refused_is_written_whole_when_it_is_taken(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    tasks = await insert_many(db, 50)
+    bad = await db.insert_task(QUEUE, {"bad": True})
+    await db.execute(CHECKED)
+    held = keeper.submit(write(bad, completed("the whole result")))
+    assert set(await submit(keeper, *(write(task, completed()) for task in tasks))) == {
+        Verdict.WRITTEN
+    }
+    assert await held.ready is Verdict.PUT_OFF
+    await until(lambda: held.times_put_off >= 2)
+    assert not held.settled.done()
+    later = keeper.submit(write(bad, failed()))
+    await db.execute(UNCHECKED)
+    assert await settled(held, later) == [Verdict.WRITTEN, Verdict.WRITTEN]
+    row = await db.row(bad)
+    assert row is not None
+    assert row["status"] == "failed"
+
+
+async def test_what_is_refused_is_put_off_with_its_result_even_if_it_can_not_be_stored(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    """The smallest patch is refused as well, and what comes after that is the whole one."""
+    bad = await db.insert_task(QUEUE, {"bad": True})
+    await db.execute(
+        "CREATE FUNCTION measure() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM 1 / (NEW.data->'result' = '0')::int; RETURN NEW; END $$;"
+        "CREATE TRIGGER measure BEFORE UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION measure()"
+    )
+    held = keeper.submit(write(bad, completed("the whole result")))
+    await until(lambda: held.times_put_off >= 2)
+    await db.execute("DROP TRIGGER measure ON tasks")
+    assert await settled(held) == [Verdict.WRITTEN]
+    row = await db.task(bad)
+    assert row.result is not None
+    assert row.result.output == "the whole result"
+
+
+async def test_a_refused_start_is_late_and_no_sooner(
+    keeper: StatusRecorder, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "START_PATIENCE", 1.0)
+    bad = await db.insert_task(QUEUE, {"bad": True})
+    await db.execute(CHECKED)
+    start = keeper.submit(write(bad, active()))
+    await until(lambda: start.times_put_off)
+    assert not start.ready.done()
+    assert await start.ready is Verdict.LATE
+    await db.execute(UNCHECKED)
+    assert await settled(start) == [Verdict.WRITTEN]
+
+
+async def test_three_refused_rows_beside_one_that_a_trigger_leaves(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    slow = await insert_slow(db)
+    left = await db.insert_task(QUEUE, task_id="left")
+    await db.execute(SPY)
+    await db.execute(
+        "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        "CREATE TRIGGER swallow BEFORE UPDATE ON tasks FOR EACH ROW"
+        " WHEN (OLD.id = 'left') EXECUTE FUNCTION swallow()"
+    )
+    await db.execute(CHECKED)
+    keeper.submit(write(slow, active()))
+    await until(lambda: keeper._lanes[0].batch)
+    # These are one batch.
+    row = new(task_data(QUEUE, {"bad": True}))
+    refused = [keeper.submit(write(f"new-{n}", active(), new_row=row)) for n in range(3)]
+    held = keeper.submit(write(left, active()))
+    await until(lambda: all(w.times_put_off >= 2 for w in (*refused, held)))
+    await db.execute(UNCHECKED)
+    await db.execute("DROP TRIGGER swallow ON tasks")
+    assert await settled(*refused, held) == [Verdict.WRITTEN] * 4
+
+
+async def test_a_new_row_that_a_trigger_swallows_is_refused(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    await db.execute(
+        "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        "CREATE TRIGGER swallow BEFORE INSERT ON tasks FOR EACH ROW EXECUTE FUNCTION swallow()"
+    )
+    held = keeper.submit(write("new", completed(), new_row=new(task_data(QUEUE, {}))))
+    assert await held.ready is Verdict.PUT_OFF
+    await db.execute("DROP TRIGGER swallow ON tasks")
+    assert await settled(held) == [Verdict.WRITTEN]
+    assert await db.status("new") == "completed"
+
+
+class Hostile(Write):
+    """A write that this package's own code breaks on."""
+
+    __slots__ = ()
+
+    def as_json(self) -> dict[str, Any]:
+        raise RecursionError("as ordered")
+
+    def as_parameters(self) -> list[bytes | None]:
+        raise RecursionError("as ordered")
+
+
+async def test_a_write_that_breaks_a_lane_costs_that_write(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    tasks = await insert_many(db, 50)
+    patch = completed()
+    with capture_logs() as logs:
+        bad = keeper.submit(Hostile("bad", QUEUE, patch, record.encode(patch)))
+        for patch in (active(), completed()):
+            verdicts = await submit(keeper, *(write(task, patch) for task in tasks))
+            assert set(verdicts) == {Verdict.WRITTEN}
+        await until(lambda: bad.times_put_off >= 2)
+    keeper.withdraw(bad)
+    [refused] = [entry for entry in logs if entry["event"] == "row_refused"]
+    assert (refused["row"], refused["reason"]) == ("bad", "RecursionError: as ordered")
+    assert isinstance(refused["exc_info"], RecursionError)
+
+
+# A row's first update is refused; the next one waits for an advisory lock, and may be refused too.
+ONE_AT_A_TIME = """
+CREATE SEQUENCE tries;
+CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NEW.id = 'gated' THEN
+    IF nextval('tries') <= 1 THEN RAISE 'the first time'; END IF;
+    WHILE NOT pg_try_advisory_xact_lock(1) LOOP PERFORM pg_sleep(0.01); END LOOP;
+    IF NEW.data->'payload' ? 'bad' THEN RAISE 'the second time'; END IF;
+  END IF;
+  RETURN NEW;
+END $$;
+CREATE TRIGGER gate BEFORE UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION gate();
+"""
+
+
+@pytest.mark.parametrize(
+    ("payload", "verdict", "status"),
+    [({}, Verdict.WRITTEN, "completed"), ({"bad": 1}, Verdict.WITHDRAWN, "failed")],
+)
+async def test_a_write_that_is_withdrawn_while_a_statement_holds_it(
+    keeper: StatusRecorder, db: Database, payload: dict[str, Any], verdict: Verdict, status: str
+) -> None:
+    await db.insert_task(QUEUE, payload, task_id="gated")
+    await db.execute(ONE_AT_A_TIME)
+    await db.execute("SELECT pg_advisory_lock(1)")
+    held = keeper.submit(write("gated", completed()))
+    assert await held.ready is Verdict.PUT_OFF
+    await until(lambda: held in keeper._lanes[0].batch)
+    keeper.withdraw(held)
+    # Nobody knows yet whether it will be written.
+    assert not held.settled.done()
+    await db.execute("SELECT pg_advisory_unlock(1)")
+    assert await settled_after_that(held) is verdict
+    await db.execute("DROP TRIGGER gate ON tasks")
+    if verdict is Verdict.WITHDRAWN:
+        assert await submit(keeper, write("gated", failed())) == [Verdict.WRITTEN]
+    assert await db.status("gated") == status
+
+
+async def test_a_write_that_is_withdrawn_while_it_waits_is_never_written(
+    keeper: StatusRecorder, db: Database
+) -> None:
+    bad = await db.insert_task(QUEUE, {"bad": True})
+    await db.execute(CHECKED)
+    held = keeper.submit(write(bad, completed()))
+    await until(lambda: held in keeper._postponed)
+    keeper.withdraw(held)
+    assert await settled_after_that(held) is Verdict.WITHDRAWN
+    await db.execute(UNCHECKED)
+    # Later writes of its row don't wait for it.
+    assert await submit(keeper, write(bad, failed())) == [Verdict.WRITTEN]
+
+
+async def settled_after_that(withdrawn: Write) -> Verdict:
+    async with asyncio.timeout(30):
+        return await withdrawn.settled
+
+
 # -- locks, time limits and conflicts --------------------------------------------------------------
 
 
@@ -541,6 +728,8 @@ async def test_a_locked_table_is_waited_for(
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(2):
                 await asyncio.shield(writes[0].settled)
+        # No row is to blame for it.
+        assert not any(each.times_put_off for each in writes)
     assert set(await settled(*writes)) == {Verdict.WRITTEN}
     assert await submit(keeper, write(tasks[0], failed())) == [Verdict.WRITTEN]
 
