@@ -362,6 +362,22 @@ async def test_a_row_whose_data_is_no_object_is_left_alone(
     assert "row_is_not_an_object" in {entry["event"] for entry in logs}
 
 
+@pytest.mark.parametrize("levels", [900, 990, 1000, 1010, 1022])
+async def test_a_new_row_for_options_nested_too_deeply_for_python(
+    run_worker: RunWorker, api: Api, redis: Redis, prefix: str, levels: int
+) -> None:
+    handler = Handler()
+    task_id = await api.node.add(QUEUE, {"n": 1}, jobId="deep", priority=2)
+    backoff = '{"type":' * levels + "1" + "}" * levels
+    opts = f'{{"attempts":2,"jobId":"deep","backoff":{backoff}}}'
+    await redis.hset(f"{prefix}:{QUEUE}:{task_id}", "opts", opts)
+    async with run_worker([handler.task()]):
+        row = await api.until_both_say(QUEUE, task_id, "completed")
+        await check_the_next_runs(api, handler)
+    assert handler.ran[task_id] == [1]
+    assert (row["payload"], row["maxAttempts"]) == ({"n": 1}, 2)
+
+
 async def test_another_queues_row_is_left_alone(run_worker: RunWorker, api: Api) -> None:
     first, second = Handler(raises, returns), Handler()
     task_id = await api.schedule(QUEUE, {"n": 1}, attempts=1)
@@ -389,6 +405,66 @@ async def test_a_job_that_is_gone_from_redis_has_its_outcome_told(
         row = await api.db.until_status(task_id, "completed")
         assert row.result is not None
         await check_the_next_runs(api, handler)
+
+
+# -- work that is done again -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["at once", "after a backoff", "handed back"])
+async def test_a_row_shows_a_result_only_while_it_is_completed(
+    run_worker: RunWorker, api: Api, worker_process: WorkerStarter, how: str
+) -> None:
+    """The first worker dies between its outcome and BullMQ's word of it, so the work is done again.
+
+    A trigger keeps every row that was shown since.
+    """
+    backoff = 0 if how == "at once" else 10
+    task_id = await api.schedule(QUEUE, {"n": 1}, attempts=2, backoff=backoff)
+    first = worker_process(RETURNS, AUTOFLOW_FAILPOINT="after-commit")
+    await first.wait()
+    row = await api.db.task(task_id)
+    assert row.status == "completed"
+    assert row.result is not None
+    await api.db.execute(SHOWN)
+    handler = Handler(raises, raises, opened=how != "handed back")
+    task = define_task(QUEUE, handler, worker_options=IMPATIENT)
+    async with run_worker([task]) as worker:
+        if how == "handed back":
+            await until(lambda: task_id in handler.ran)
+            assert await worker.abort() == 4
+            assert await api.db.status(task_id) == "pending"
+        else:
+            await api.until_both_say(QUEUE, task_id, "failed")
+    statuses = [
+        status for (status,) in await api.db.fetch("SELECT status FROM shown ORDER BY number")
+    ]
+    expected = {"at once": "pending", "after a backoff": "delayed", "handed back": "pending"}
+    assert statuses[:2] == ["active", expected[how]]
+    assert await api.db.fetch(FALSE_ROWS) == []
+
+
+RETURNS = f"""
+    from autoflow_worker import define_task
+
+    async def handle(payload, ctx):
+        return "the result"
+
+    tasks = [define_task("{QUEUE}", handle, worker_options={IMPATIENT})]
+"""
+SHOWN = """
+CREATE TABLE shown (number serial, status text, data jsonb);
+CREATE FUNCTION show() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO shown (status, data) VALUES (NEW.data->>'status', NEW.data);
+  RETURN NEW;
+END $$;
+CREATE TRIGGER show BEFORE UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION show();
+"""
+FALSE_ROWS = """
+SELECT data FROM shown WHERE
+  status <> 'completed' AND (data->>'result' IS NOT NULL OR data->>'completedAt' IS NOT NULL)
+  OR status <> 'failed' AND data->>'failedAt' IS NOT NULL
+"""
 
 
 # -- at the same moment --------------------------------------------------------------------------
