@@ -242,8 +242,8 @@ def read_claim(
 
 def _why_not_parsed(fields: Mapping[str, str], max_data: int) -> str | None:
     """Why the data must not even be looked at: parsing it may be what killed the last worker."""
-    if "defa" in fields:
-        return fields["defa"]
+    if deferred := fields.get("defa"):
+        return deferred
     data = fields.get("data", "")
     # UTF-8 takes four bytes for a character at most.
     if 4 * len(data) > max_data and (size := _size_of(data)) > max_data:

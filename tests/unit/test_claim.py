@@ -81,14 +81,15 @@ async def test_it_reads_what_a_job_would(
         "attempts_made",
         "attempts_started",
         "claimed_ms",
-        "malformed",
         "max_attempts",
-        "never",
         "scheduler",
+        *(() if fields.get("defa") else ("malformed", "never")),
     ):
         assert getattr(claim, name) == getattr(expected, name), name
-    # NaN does not equal itself.
-    assert json.dumps(claim.data) == json.dumps(expected.data)
+    # The data of a job that is to fail is not parsed, be it as broken as it may.
+    if not fields.get("defa"):
+        # NaN does not equal itself.
+        assert json.dumps(claim.data) == json.dumps(expected.data)
     for name in ("removeOnComplete", "removeOnFail", "failParentOnFailure"):
         assert repr(claim.options.get(name)) == repr(expected.options.get(name)), name
     assert vars(claim.job).keys() == vars(expected.job).keys()
