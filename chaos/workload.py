@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import psycopg
 from psycopg.types.json import Jsonb
 
+from autoflow_worker import record
 from chaos.effects import Key
 from chaos.tasks import DOOMED, FLAKY, QUEUES, QUICK, SLOW, SYNC
 from tests.support.database import task_data
@@ -50,7 +51,8 @@ class PlannedJob:
 
     @property
     def row_id(self) -> str:
-        return f"{self.queue}:{self.job.task_id}" if self.numbered else self.job.task_id
+        own = record.own_row_id(self.queue, self.job.task_id)
+        return own if self.numbered else self.job.task_id
 
 
 def draw_jobs(rng: random.Random, count: int) -> list[PlannedJob]:

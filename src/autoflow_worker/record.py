@@ -28,6 +28,8 @@ _COUNTED_ID = re.compile(r"[1-9][0-9]{0,15}")
 # An earlier attempt may have ended for good: in a crash before BullMQ was told, or before a retry.
 _NOT_FINISHED: Mapping[str, None] = {"completedAt": None, "failedAt": None, "result": None}
 _API_ID = re.compile(r"[A-Za-z0-9_-]{21}")
+_TO_ESCAPE = re.compile(r"[:~=]")
+_ESCAPED = re.compile(r"=(3A|7E|3D)")
 _PRIORITY_WORDS = {1: "critical", 2: "high", 3: "normal", 4: "low"}
 
 
@@ -178,7 +180,7 @@ def unknown_job_row(queue: str, job: UnknownJob) -> Record:
 
 
 def row_id(queue: str, job_id: str) -> str:
-    """Return the id of a job's row: the job's own, or `<queue>:<job id>` (contract, section 4).
+    """Return the id of a job's row: the job's own, or `own_row_id` (contract, section 4).
 
     The queue's name goes before the integers, from 1 up, that BullMQ gives to jobs of every queue;
     it refuses them as ids of a producer's choice.
@@ -187,8 +189,27 @@ def row_id(queue: str, job_id: str) -> str:
 
 
 def own_row_id(queue: str, job_id: str) -> str:
-    """Return the id of a row that is this queue's only, whatever rows other queues have."""
-    return clean_text(f"{queue}:{job_id}")
+    """Return the id of a row for a job whose own id is taken: `<queue>~<job id>`.
+
+    A job can be added under this id, as the API does when it retries a task: BullMQ refuses
+    integers and a `:` in it. A `:`, `~` or `=` in either part is written as `=3A`, `=7E` or `=3D`,
+    so two different pairs never have the same id (but for what jsonb refuses in a text). Another
+    job can have it only if its producer puts a queue's name and a `~` before an id on purpose.
+    """
+    return clean_text(f"{_escape(queue)}~{_escape(job_id)}")
+
+
+def job_ids_of(queue: str, row_id: str) -> list[str]:
+    """Return the ids that the job of a row may have: the row's own, then that of `own_row_id`."""
+    before = f"{_escape(queue)}~"
+    if not row_id.startswith(before):
+        return [row_id]
+    escaped = row_id.removeprefix(before)
+    return [row_id, _ESCAPED.sub(lambda match: chr(int(match[1], 16)), escaped)]
+
+
+def _escape(text: str) -> str:
+    return _TO_ESCAPE.sub(lambda match: f"={ord(match[0]):02X}", text)
 
 
 def is_task_of_api(job_id: str, options: Mapping[str, Any]) -> bool:

@@ -478,12 +478,12 @@ async def test_integer_ids_of_two_queues_get_two_rows(run_worker: RunWorker, api
         assert await api.node.add(queue, {"n": n}) == "1"
     async with run_worker([task(handler, "a"), task(handler, "b")]):
         rows = [
-            await api.until_both_say(queue, "1", "completed", row_id=f"{queue}:1")
+            await api.until_both_say(queue, "1", "completed", row_id=f"{queue}~1")
             for queue in ("a", "b")
         ]
     assert [row["result"]["output"] for row in rows] == [["1", 0], ["1", 1]]
     assert [row["taskName"] for row in rows] == ["a", "b"]
-    assert (await api.db.rows()).keys() == {"a:1", "b:1"}
+    assert (await api.db.rows()).keys() == {"a~1", "b~1"}
 
 
 async def test_jobs_without_a_row_go_without_when_the_setting_is_off(

@@ -19,9 +19,10 @@ from autoflow_worker import (
     UnrecoverableError,
     define_task,
 )
+from autoflow_worker.record import own_row_id
 from tests.support.api import Api, Json
 from tests.support.database import Database
-from tests.support.node import Node, Scheduled
+from tests.support.node import Node, NodeError, Scheduled
 from tests.support.running import RunWorker
 from tests.support.until import until
 
@@ -229,7 +230,7 @@ async def test_a_queue_with_a_colon_in_its_name(
     async with run_worker([task(queue)]):
         await until(lambda: len(node.heard("completed")) == 2)
     assert (await db.task(task_id)).queueName == queue
-    row = await db.task(f"{queue}:{job_id}")
+    row = await db.task(f"old=3Ausers=3Aimport~{job_id}")
     assert row.result is not None
     assert (row.taskName, row.status, row.result.output) == (queue, "completed", 2)
 
@@ -243,10 +244,36 @@ async def test_ids_that_bullmq_numbers(node: Node, run_worker: RunWorker, db: Da
         await until(lambda: len(node.heard("completed")) == 2 and node.heard("failed", "3"))
     rows = await db.rows()
     assert {key: row["status"] for key, row in rows.items()} == {
-        f"{OURS}:1": "completed",
-        f"{OURS}:2": "completed",
-        f"{OURS}:3": "failed",
+        f"{OURS}~1": "completed",
+        f"{OURS}~2": "completed",
+        f"{OURS}~3": "failed",
     }
+
+
+async def test_the_api_retries_a_numbered_job_that_is_gone(
+    node: Node, run_worker: RunWorker, db: Database
+) -> None:
+    api = Api(db, node)
+    job_id = await node.add(OURS, {"script": [{"throw": "no"}]}, removeOnFail=True)
+    row_id = own_row_id(OURS, job_id)
+    async with run_worker([task(OURS)]):
+        await db.until_status(row_id, "failed")
+        await until(lambda: gone(node, OURS, job_id))
+        await api.retry(OURS, row_id)
+        await api.until_both_say(OURS, row_id, "failed")
+    assert (await db.rows()).keys() == {row_id}, "the retry goes on with the same row"
+
+
+async def gone(node: Node, queue: str, job_id: str) -> bool:
+    return await node.get_job(queue, job_id) is None
+
+
+@pytest.mark.parametrize("queue", [OURS, "old:users:import"])
+async def test_node_takes_the_id_of_an_own_row(node: Node, queue: str) -> None:
+    row_id = own_row_id(queue, "17")
+    assert await node.add(queue, {}, jobId=row_id) == row_id
+    with pytest.raises(NodeError, match="Custom Id cannot contain :"):
+        await node.add(queue, {}, jobId=f"{OURS}:17")
 
 
 async def test_node_sees_the_worker(node: Node, run_worker: RunWorker) -> None:

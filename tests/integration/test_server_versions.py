@@ -39,7 +39,7 @@ async def run_some_jobs(api: Api, **where: Any) -> None:
             for task_id in (quick, recovering, delayed)
         ]
         rows.append(
-            await api.until_both_say(QUEUE, unknown, "completed", row_id=f"{QUEUE}:{unknown}")
+            await api.until_both_say(QUEUE, unknown, "completed", row_id=f"{QUEUE}~{unknown}")
         )
         failed = await api.until_both_say(QUEUE, failing, "failed")
         await until(lambda: len(api.node.heard("completed")) == 4 and api.node.heard("failed"))

@@ -54,6 +54,28 @@ class Api:
         )
         return job.task_id
 
+    async def retry(self, queue: str, task_id: str, **options: Any) -> None:
+        """Retry a failed task (contract, section 5): first its row, then a job under its id.
+
+        BullMQ ignores the id of a job that it still keeps, and answers as if it had added it.
+
+        Args:
+            queue: the task's and the queue's name.
+            task_id: the row's id.
+            options: the other attributes of `Scheduled`.
+        """
+        row = await self.db.row(task_id)
+        assert row is not None
+        assert row["status"] == "failed", "the API retries only what has failed"
+        await self.db.execute(
+            """UPDATE tasks SET data = data ||
+               '{"status": "pending", "attempts": 0, "failedAt": null, "error": null}'
+               WHERE id = %s""",
+            task_id,
+        )
+        options = {"priority": row["priority"], "attempts": row["maxAttempts"], **options}
+        await self.node.schedule(queue, row["payload"], task_id=task_id, **options)
+
     async def until_both_say(
         self, queue: str, task_id: str, status: str, *, row_id: str | None = None
     ) -> Json:

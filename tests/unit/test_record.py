@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from autoflow_worker import record
@@ -272,9 +273,9 @@ def test_any_job_gets_a_row(queue: str, data: Any, opts: Any, timestamp: Any) ->
 @pytest.mark.parametrize(
     ("job_id", "expected"),
     [
-        ("1", "q:1"),
-        ("42", "q:42"),
-        ("9007199254740991", "q:9007199254740991"),
+        ("1", "q~1"),
+        ("42", "q~42"),
+        ("9007199254740991", "q~9007199254740991"),
         ("V1StGXR8_Z5jdHi6B-myT", "V1StGXR8_Z5jdHi6B-myT"),
         # BullMQ takes these from a producer, and counts none of them.
         ("007", "007"),
@@ -290,6 +291,56 @@ def test_any_job_gets_a_row(queue: str, data: Any, opts: Any, timestamp: Any) ->
 )
 def test_the_ids_that_bullmq_counts_get_the_queue_before_them(job_id: str, expected: str) -> None:
     assert record.row_id("q", job_id) == expected
+
+
+@pytest.mark.parametrize(
+    ("queue", "job_id", "expected"),
+    [
+        ("users-send-welcome-email", "17", "users-send-welcome-email~17"),
+        ("reports.render", "my.own-id", "reports.render~my.own-id"),
+        ("old:users:import", "17", "old=3Ausers=3Aimport~17"),
+        ("q", "repeat:abc:17", "q~repeat=3Aabc=3A17"),
+        ("12", "17", "12~17"),
+        ("a~b=c", "d~e", "a=7Eb=3Dc~d=7Ee"),
+    ],
+)
+def test_the_id_of_a_row_whose_jobs_own_id_is_taken(queue: str, job_id: str, expected: str) -> None:
+    assert record.own_row_id(queue, job_id) == expected
+    assert record.job_ids_of(queue, expected) == [expected, job_id]
+
+
+# What jsonb takes. The few characters that matter come up often.
+storable_text = st.text(
+    st.sampled_from(":~=3A7ED01") | st.characters(codec="utf-8", exclude_characters="\0")
+)
+
+
+@given(storable_text, storable_text, storable_text, storable_text)
+def test_two_jobs_never_share_an_own_row(
+    queue: str, job_id: str, other_queue: str, other_id: str
+) -> None:
+    assume((queue, job_id) != (other_queue, other_id))
+    assert record.own_row_id(queue, job_id) != record.own_row_id(other_queue, other_id)
+
+
+@given(storable_text, storable_text)
+def test_bullmq_takes_the_id_of_an_own_row_and_the_job_is_found_by_it(
+    queue: str, job_id: str
+) -> None:
+    own = record.own_row_id(queue, job_id)
+    assert ":" not in own
+    assert not re.fullmatch(r"-?[0-9]+", own)
+    assert record.job_ids_of(queue, own) == [own, job_id]
+
+
+@given(storable_text, st.integers(1, 2**53 - 1))
+def test_a_numbered_job_has_an_own_row(queue: str, number: int) -> None:
+    assert record.row_id(queue, str(number)) == record.own_row_id(queue, str(number))
+
+
+def test_a_row_of_another_queue_is_not_taken_for_an_own_one() -> None:
+    assert record.job_ids_of("a", "b~17") == ["b~17"]
+    assert record.job_ids_of("a", "a17") == ["a17"]
 
 
 @pytest.mark.parametrize(
