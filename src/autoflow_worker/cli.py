@@ -5,11 +5,12 @@ import asyncio
 import gc
 import json
 import os
+import shutil
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -21,11 +22,14 @@ from autoflow_worker.masking import mask_secrets
 from autoflow_worker.retry import MAX_DELAY_MS
 
 if TYPE_CHECKING:
+    from autoflow_worker.reconcile_plan import Lost
     from autoflow_worker.settings import Settings
     from autoflow_worker.task import TaskDefinition
 
 #: Exit code of a command that Ctrl-C ended before there was anything to stop.
 INTERRUPTED = 130
+#: Exit code of `reconcile` when there is something left to do.
+DIFFERENCES_LEFT = 5
 #: Seconds that other people's exit hooks and threads have before the process ends all the same.
 EXIT_PATIENCE = 1.0
 #: New objects after which the worker looks for garbage that refers to itself; Python's is 700.
@@ -37,7 +41,8 @@ WORKER_QUEUES, WORKER_CONCURRENCY, WORKER_SHUTDOWN_GRACE, WORKER_STARTUP_TIMEOUT
 DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, MAX_PAYLOAD_BYTES, LOG_LEVEL, LOG_FORMAT.
 
 Exit codes: 0 stopped cleanly, 1 a part died, 2 wrong settings or task list, 3 Redis or PostgreSQL
-unreachable or unfit at start, 4 the deadline passed and jobs were handed back.
+unreachable or unfit at start, 4 the deadline passed and jobs were handed back, 5 reconcile left
+differences.
 """
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -225,33 +230,47 @@ def init_db() -> int:
 
 
 @cli.command()
-@click.option("--fix", is_flag=True, help="Write what BullMQ knows into the rows that differ.")
-def reconcile(fix: bool) -> int:
+@click.option("--fix", is_flag=True, help="Do what is said of each row; else it is only said.")
+@click.option(
+    "--lost",
+    type=click.Choice(["fail", "requeue"]),
+    help="Rows whose job is gone from Redis: set them failed, or add their jobs again.",
+)
+def reconcile(fix: bool, lost: "Lost | None") -> int:
     """Compare the rows that are not finished with their jobs in BullMQ.
 
-    A job that is gone from Redis is reported, and its row left alone. The exit code is 1 if
-    differences are left.
+    A row gets what BullMQ knows of its job. A task that the API retried while BullMQ still kept its
+    failed job is retried in BullMQ. A row whose job is gone is left alone without --lost. The exit
+    code is 5 if differences are left, and 0 if there is nothing left to do.
     """
     from autoflow_worker.reconcile import reconcile as compare
-    from autoflow_worker.reconcile import report
+    from autoflow_worker.reconcile_report import HEADER, Summary, line
     from autoflow_worker.redis_client import PipelinedRedis
     from autoflow_worker.settings import Settings
 
     settings = Settings.load(needs={"redis_url", "database_url"})
     configure_logging("error")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    summary = Summary()
 
-    async def run() -> int:
+    async def run() -> None:
         redis = PipelinedRedis(settings.redis_url.get_secret_value())
         try:
             await redis.open(settings.worker_startup_timeout)
             database_url = settings.database_url.get_secret_value()
-            found = await compare(redis, database_url, settings.bullmq_prefix, fix=fix)
+            prefix = settings.bullmq_prefix
+            async with aclosing(compare(redis, database_url, prefix, fix=fix, lost=lost)) as found:
+                async for difference in found:
+                    if not summary:
+                        click.echo(HEADER)
+                    summary.add(difference)
+                    click.echo(line(difference, width))
         finally:
             await redis.aclose()
-        click.echo(report(found))
-        return 0 if all(difference.fixed for difference in found) else 1
 
-    return run_async(run())
+    run_async(run())
+    click.echo(summary)
+    return 0 if summary.is_settled else DIFFERENCES_LEFT
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -1,227 +1,299 @@
-"""The `reconcile` command: rows that are not terminal against what BullMQ knows of their jobs.
+"""The `reconcile` command: rows that are not finished against what BullMQ knows of their jobs.
 
-For histories that the Node worker left behind, and after a disaster. Nothing is guessed: a row is
-only ever set to what BullMQ shows, and a job that is gone from Redis is reported.
+For histories that the Node worker left behind, for tasks that the API retried while BullMQ still
+kept their failed job, and after a disaster. `reconcile_plan` says what is done about a row.
+
+Finished rows are not compared. BullMQ keeps the last few hundred finished jobs only, so that a
+missing job says nothing about them; and a job that runs again writes its row by itself.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 import psycopg
 from bullmq import Job, Queue
-from psycopg.types.json import Jsonb
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 from autoflow_worker import record
-from autoflow_worker.database import CONNECT_TIMEOUT, connection_to
-from autoflow_worker.failure import shorten_stack_trace
+from autoflow_worker.database import CONNECT_TIMEOUT, connection_to, inspect_tasks_table
+from autoflow_worker.errors import RedisUnavailableError, RedisUnfitError
+from autoflow_worker.failure import shorten_reason
+from autoflow_worker.kept_job import JobReader, KeptJob
+from autoflow_worker.reconcile_plan import (
+    OPEN,
+    Action,
+    AddAgain,
+    Leave,
+    Lost,
+    ReadTask,
+    Retry,
+    Row,
+    Set,
+    Task,
+    agrees,
+    job_of,
+    plan,
+)
+from autoflow_worker.reconcile_report import Difference, Settling
 from autoflow_worker.redis_client import PipelinedRedis
 
 PAGE: Final = 500
 """Rows that are compared at once."""
 
+SUSPECTS: Final = 10_000
+"""Rows that differ, after which no more are looked for until it is known which ones last."""
+
 SETTLING: Final = 1.0
 """Seconds until a difference is looked at again: a row and its job change one after the other."""
 
-_OPEN_ROWS: Final = """
-SELECT id, data->>'queueName', data->>'status', data->>'startedAt' FROM tasks
-WHERE data->>'status' IN ('pending', 'active', 'delayed') AND id > %s ORDER BY id LIMIT %s
-"""
-_ROWS: Final = """
-SELECT id, data->>'queueName', data->>'status', data->>'startedAt' FROM tasks WHERE id = ANY(%s)
-"""
-# Only while the row still is as it was compared: a worker may have written it since.
-_FIX: Final = """
-UPDATE tasks SET data = data || %s, updated_at = timezone('utc', now())
-WHERE id = %s AND data->>'status' = %s AND data->>'startedAt' IS NOT DISTINCT FROM %s
-"""
-_STATUS_OF_STATE: Final[Mapping[str, str]] = {
-    "waiting": "pending",
-    "prioritized": "pending",
-    "waiting-children": "pending",
-    "paused": "pending",
-    "delayed": "delayed",
-    "active": "active",
-    "completed": "completed",
-    "failed": "failed",
-}
 GONE: Final = "gone"
+NOWHERE: Final = "nowhere"
+
+_COMPARED: Final = """
+SELECT id, data->>'queueName', data->>'status', data->>'startedAt', data->>'attempts', xmin::text
+FROM tasks WHERE
+"""
+_OPEN_ROWS: Final = f"{_COMPARED} data->>'status' = ANY(%s) AND id > %s ORDER BY id LIMIT %s"
+_ROWS: Final = f"{_COMPARED} id = ANY(%s) ORDER BY id"
+# Only while the row still is as it was compared: a worker or the API may have written it since.
+_IS_UNCHANGED: Final = "SELECT FROM tasks WHERE id = %s AND xmin::text = %s"
+# Not worth a wait for the disk, as it can be done again; nor a long one for somebody's lock. Both
+# are set for this one statement.
+_WRITE: Final = """
+UPDATE tasks SET data = data || %s::jsonb, updated_at = timezone('utc', now())
+WHERE id = %s AND xmin::text = %s
+  AND (SELECT set_config('synchronous_commit', 'off', true)) = 'off'
+  AND (SELECT set_config('lock_timeout', '2s', true)) = '2s'
+"""
+_TASK: Final = """
+SELECT (data->'payload')::text, data->>'priority', data->>'maxAttempts', data->>'delayUntil'
+FROM tasks WHERE id = %s AND xmin::text = %s
+"""
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A row whose status is not its job's state.
-
-    Attributes:
-        row_id: the row.
-        queue: its queue.
-        status: what the row says.
-        state: what BullMQ says; `GONE` for a job that is not in Redis.
-        started_at: the row's `startedAt`, as it was compared.
-        patch: what BullMQ knows, for the row; None if the job is gone.
-        fixed: whether the row was set right.
-    """
-
-    row_id: str
-    queue: str
-    status: str
-    state: str
-    started_at: str | None
-    patch: Mapping[str, Any] | None
-    fixed: bool = False
+class ChangedMeanwhileError(Exception):
+    """The row, or its job, is not as it was when they were compared."""
 
 
 async def reconcile(
-    redis: PipelinedRedis, database_url: str, prefix: str, *, fix: bool
-) -> list[Difference]:
-    """Compare every row that is not terminal with its job.
+    redis: PipelinedRedis,
+    database_url: str,
+    prefix: str,
+    *,
+    fix: bool = False,
+    lost: Lost | None = None,
+) -> AsyncGenerator[Difference, None]:
+    """Compare every row that is not finished with its job, and settle what differs.
 
     Args:
-        redis: an open client.
+        redis: an open client; the caller closes it.
         database_url: libpq's connection URL.
         prefix: BullMQ's key prefix.
-        fix: whether to write what BullMQ knows.
+        fix: whether to settle what differs, or to say only how that would be done.
+        lost: what becomes of a row whose job is gone; None leaves it alone.
 
-    Returns:
-        The differences that lasted for `SETTLING` seconds, by row id.
+    Yields:
+        The differences that last for `SETTLING` seconds, about by row id.
 
     Raises:
-        DatabaseUnavailableError: PostgreSQL can't be reached.
+        RedisUnavailableError, RedisUnfitError: Redis goes away, or refuses to be asked.
+        DatabaseUnavailableError, DatabaseUnfitError: the same of PostgreSQL.
     """
-    queues = _Queues(redis, prefix)
-    found: list[Difference] = []
-    async with connection_to(database_url, CONNECT_TIMEOUT) as connection:
-        await connection.set_autocommit(True)
-        async for rows in _open_rows(connection):
-            suspects = await queues.compare(rows)
-            if suspects:
-                await asyncio.sleep(SETTLING)
-                ids = [suspect.row_id for suspect in suspects]
-                again = await (await connection.execute(_ROWS, (ids,))).fetchall()
-                differences = await queues.compare(again)
-                found += [await _fixed(connection, d) if fix else d for d in differences]
-    return found
+    if fix:
+        await inspect_tasks_table(database_url)
+    try:
+        async with connection_to(database_url, CONNECT_TIMEOUT) as connection:
+            await connection.set_autocommit(True)
+            reconciler = _Reconciler(redis, connection, prefix, fix=fix, lost=lost)
+            last: str | None = ""
+            while last is not None:
+                rows, last = await reconciler.differing_after(last)
+                # One at a time: a job's result may be large.
+                for row in rows:
+                    difference = await reconciler.settle(row)
+                    if difference is not None:
+                        yield difference
+    except RedisConnectionError as error:
+        raise RedisUnavailableError(f"Redis went away: {error}") from None
+    except RedisError as error:
+        raise RedisUnfitError(f"Redis refuses what reconcile asks: {error}") from None
 
 
-async def _open_rows(
-    connection: psycopg.AsyncConnection[Any],
-) -> AsyncIterator[list[tuple[str, str, str, str | None]]]:
-    last = ""
-    while rows := await (await connection.execute(_OPEN_ROWS, (last, PAGE))).fetchall():
-        yield rows
-        last = rows[-1][0]
-
-
-async def _fixed(connection: psycopg.AsyncConnection[Any], difference: Difference) -> Difference:
-    if difference.patch is None:
-        return difference
-    cursor = await connection.execute(
-        _FIX,
-        (Jsonb(difference.patch), difference.row_id, difference.status, difference.started_at),
-    )
-    return Difference(
-        difference.row_id,
-        difference.queue,
-        difference.status,
-        difference.state,
-        difference.started_at,
-        difference.patch,
-        fixed=cursor.rowcount == 1,
-    )
-
-
-def report(differences: list[Difference]) -> str:
-    """The differences as a table, and what to do about them in one line."""
-    if not differences:
-        return "every row that is not finished agrees with its job"
-    lines = [("row", "queue", "the row says", "BullMQ says", "")]
-    for one in differences:
-        action = "fixed" if one.fixed else "left alone"
-        lines.append((one.row_id, one.queue, one.status, one.state, action))
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    table = [
-        "  ".join((*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[4]))
-        for line in lines
-    ]
-    gone = sum(one.patch is None for one in differences)
-    fixable = sum(one.patch is not None and not one.fixed for one in differences)
-    summary = f"{len(differences)} rows differ"
-    if fixable:
-        summary += f"; {fixable} can be set right with --fix"
-    if gone:
-        summary += f"; {gone} jobs are gone from Redis, so nobody can tell their end"
-    return "\n".join((*(line.rstrip() for line in table), summary))
-
-
-class _Queues:
-    """Asks BullMQ for the state of jobs."""
-
-    def __init__(self, redis: PipelinedRedis, prefix: str) -> None:
+class _Reconciler:
+    def __init__(
+        self,
+        redis: PipelinedRedis,
+        connection: psycopg.AsyncConnection[Any],
+        prefix: str,
+        *,
+        fix: bool,
+        lost: Lost | None,
+    ) -> None:
         self._redis = redis
+        self._connection = connection
         self._prefix = prefix
-        self._queues: dict[str, Queue] = {}
+        self._jobs = JobReader(redis, prefix)
+        self._fix = fix
+        self._lost: Lost | None = lost
 
-    async def compare(self, rows: list[tuple[str, str, str, str | None]]) -> list[Difference]:
-        """The rows among these that differ from their jobs."""
-        compared = await asyncio.gather(*(self._compare(*row) for row in rows))
-        return [difference for difference in compared if difference is not None]
+    async def differing_after(self, last: str) -> tuple[list[Row], str | None]:
+        """The next rows that differ from their jobs, and did not change for `SETTLING` seconds.
 
-    async def _compare(
-        self, row_id: str, queue: str, status: str, started_at: str | None
-    ) -> Difference | None:
-        if status not in ("pending", "active", "delayed"):  # finished while it settled
+        A row that somebody has written meanwhile is left to whoever it was: what is true of it
+        now, may be about to be written to the other side.
+
+        Args:
+            last: the id up to which all rows were compared.
+
+        Returns:
+            The rows, and the id up to which all are compared now; None if these are all.
+        """
+        versions: dict[str, str] = {}
+        rows: list[Row] = []
+        while len(versions) < SUSPECTS and (
+            rows := await self._rows(_OPEN_ROWS, list(OPEN), last, PAGE)
+        ):
+            last = rows[-1].id
+            versions |= {row.id: row.version for row in await self._differing(rows)}
+        if not versions:
+            return [], None
+        await asyncio.sleep(SETTLING)
+        again = await self._rows(_ROWS, list(versions))
+        return [row for row in again if row.version == versions[row.id]], last if rows else None
+
+    async def _differing(self, rows: Sequence[Row]) -> list[Row]:
+        found = await asyncio.gather(*(self._differs(row) for row in rows))
+        return [row for row, differs in zip(rows, found, strict=True) if differs]
+
+    async def _rows(self, query: str, *args: object) -> list[Row]:
+        cursor = await self._connection.execute(query.encode(), args)
+        return [Row(*values) for values in await cursor.fetchall()]
+
+    async def _differs(self, row: Row) -> bool:
+        job = await self._look(row, fields=False)
+        return job is None or not agrees(row, job, _now_ms())
+
+    async def settle(self, row: Row) -> Difference | None:
+        """Settle one row's difference, or say how; None if there is none any more."""
+        job = await self._look(row, fields=True)
+        if job is not None and agrees(row, job, _now_ms()):
             return None
-        state, job = GONE, None
-        # A row "<queue>:<id>" is of a job with an integer id, or one whose id another row has.
-        for job_id in (row_id, row_id.removeprefix(f"{queue}:")):
-            job = await Job.fromId(self._queue(queue), job_id)
-            if job is not None:
-                state = await self._queue(queue).getJobState(job_id)
-                break
-        if job is None or state not in _STATUS_OF_STATE:
-            return Difference(row_id, queue, status, GONE, started_at, None)
-        if _STATUS_OF_STATE[state] == status:
+        try:
+            action = await self._plan(row, job)
+            if self._fix:
+                action = await self._do(row, action)
+            else:
+                await self._make_sure(row)
+        except ChangedMeanwhileError:
             return None
-        patch = await self._patch(self._queue(queue), job, state)
-        return Difference(row_id, queue, status, state, started_at, patch)
+        return self._difference(row, job, action)
 
-    def _queue(self, name: str) -> Queue:
-        if name not in self._queues:
-            options = {"connection": self._redis, "prefix": self._prefix}
-            self._queues[name] = Queue(name, options)
-        return self._queues[name]
+    async def _look(self, row: Row, *, fields: bool) -> KeptJob | None:
+        """The row's job; None if the row names no queue."""
+        if not row.queue:
+            return None
+        ids = record.job_ids_of(row.queue, row.id)
+        looks = [await self._jobs.look(row.queue, job_id, fields=fields) for job_id in ids]
+        return next((job for job in looks if job.exists or job.fault), looks[0])
 
-    async def _patch(self, queue: Queue, job: Job, state: str) -> Mapping[str, Any]:
-        """What a worker would have written, from what BullMQ keeps of the job."""
-        if state == "completed":
-            patch = record.completed_patch(now_ms=job.finishedOn, result=_result(job))
-            return {**patch, "attempts": job.attemptsMade}
-        if state == "failed":
-            return record.failed_patch(
-                now_ms=job.finishedOn, attempt=job.attemptsMade, error=_error(job)
-            )
-        if state == "delayed":
-            score = await self._redis.zscore(queue.keys["delayed"], job.id)
-            # BullMQ keeps a counter in the lower 12 bits.
-            return record.moved_to_delayed_patch(until_ms=int(score or 0) // 0x1000)
-        if state == "active":
-            return record.active_patch(now_ms=job.processedOn, attempt=job.attemptsMade + 1)
-        return record.handed_back_patch()
+    async def _plan(self, row: Row, job: KeptJob | None) -> Action:
+        if job is None:
+            return Leave("the row names no queue")
+        action = plan(row, job, lost=self._lost, now_ms=_now_ms())
+        if not isinstance(action, ReadTask):
+            return action
+        cursor = await self._connection.execute(_TASK.encode(), (row.id, row.version))
+        task = await cursor.fetchone()
+        if task is None:
+            raise ChangedMeanwhileError
+        return job_of(row, Task(*task), _now_ms())
+
+    async def _do(self, row: Row, action: Action) -> Action:
+        """Settle a difference; a `Leave` says what stood in the way.
+
+        Raises:
+            ChangedMeanwhileError: nothing was done.
+        """
+        if isinstance(action, Leave):
+            await self._make_sure(row)
+            return action
+        if isinstance(action, Retry):
+            await self._make_sure(row)
+            return await self._retry(row, action)
+        refusal = await self._write(row, action)
+        if refusal is not None:
+            return refusal
+        # After the row: a crash in between leaves a row without a job, as it was.
+        return await self._add(row, action) if isinstance(action, AddAgain) else action
+
+    async def _make_sure(self, row: Row) -> None:
+        cursor = await self._connection.execute(_IS_UNCHANGED.encode(), (row.id, row.version))
+        if await cursor.fetchone() is None:
+            raise ChangedMeanwhileError
+
+    async def _write(self, row: Row, action: Set | AddAgain) -> Leave | None:
+        text = record.encode(dict(action.patch))
+        try:
+            cursor = await self._connection.execute(_WRITE.encode(), (text, row.id, row.version))
+        except psycopg.Error as error:
+            if self._connection.closed:
+                raise
+            # Its own words alone: the detail shows the row's contents.
+            words = error.diag.message_primary or type(error).__name__
+            return Leave(f"PostgreSQL refuses the change: {shorten_reason(words)}")
+        if cursor.rowcount == 0:
+            await self._make_sure(row)
+            return Leave("PostgreSQL leaves the row as it is: a trigger or a policy")
+        return None
+
+    async def _retry(self, row: Row, action: Retry) -> Action:
+        queue, job = self._queue(row), action.job
+        # By the id alone: whatever else the job's fields hold, it was found among the failed.
+        stand_in = Job(queue, queue.name, {}, {"jobId": job.id})
+        try:
+            # Never `ats`: it counts the claims, by which a worker tells whose the job is.
+            await queue.backend.reprocessJob(stand_in, "failed", {"resetAttemptsMade": True})
+        except RedisError:
+            raise
+        except Exception:  # bullmq's errors are of no class of their own
+            raise ChangedMeanwhileError from None
+        return action
+
+    async def _add(self, row: Row, action: AddAgain) -> Action:
+        queue = self._queue(row)
+        job = Job(queue, queue.name, dict(action.data), dict(action.options))
+        if "delay" not in action.options:
+            # Python's bullmq writes a delay of 0 into every job, Node's doesn't.
+            del job.opts["delay"]
+        await queue.backend.addJob(job)
+        return action
+
+    def _queue(self, row: Row) -> Queue:
+        return Queue(str(row.queue), {"connection": self._redis, "prefix": self._prefix})
+
+    def _difference(self, row: Row, job: KeptJob | None, action: Action) -> Difference:
+        if isinstance(action, Leave):
+            settling = Settling.LEFT
+            what = f"{'left' if self._fix else 'would leave'}: {action.reason}"
+        elif self._fix:
+            settling, what = Settling.DONE, action.past
+        else:
+            settling, what = Settling.POSSIBLE, f"would {action.infinitive}"
+        return Difference(row.id, row.queue or "-", row.status, _state(job), settling, what)
 
 
-def _result(job: Job) -> dict[str, Any]:
-    value = job.returnvalue
-    keys = {"success", "output", "duration"}
-    if isinstance(value, dict) and value.get("success") is True and value.keys() <= keys:
-        return record.success_result(value.get("output"), value.get("duration", 0))
-    # Another producer's or an older worker's return value: the contract wants it as the output.
-    return record.success_result(value, (job.finishedOn or 0) - (job.processedOn or 0))
+def _state(job: KeptJob | None) -> str:
+    if job is None:
+        return "-"
+    if job.fault is not None:
+        return "unreadable"
+    if not job.exists:
+        return GONE
+    return job.state or NOWHERE
 
 
-def _error(job: Job) -> dict[str, Any]:
-    error = record.error_record(job.failedReason or "BullMQ keeps no reason", job.finishedOn)
-    traces = job.stacktrace if isinstance(job.stacktrace, list) else []
-    if traces and isinstance(traces[-1], str):
-        error["stackTrace"] = shorten_stack_trace(traces[-1])
-    return error
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -22,7 +22,8 @@ ORDER = """
     fetcher keepers held_outcomes job_history job_run task_worker
     new_rows scheduler
     signals service
-    postgres_cluster embedded check reconcile dev demo_kinds demo_jobs demo_display demo
+    kept_job reconcile_plan reconcile_report reconcile
+    postgres_cluster embedded check dev demo_kinds demo_jobs demo_display demo
     __init__
     cli __main__
 """.split()  # noqa: SIM905 - one row for each layer
