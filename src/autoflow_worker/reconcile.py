@@ -15,7 +15,7 @@ from typing import Any, Final
 import psycopg
 from bullmq import Job, Queue
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from autoflow_worker import record
 from autoflow_worker.database import CONNECT_TIMEOUT, connection_to, inspect_tasks_table
@@ -256,10 +256,10 @@ class _Reconciler:
         try:
             # Never `ats`: it counts the claims, by which a worker tells whose the job is.
             await queue.backend.reprocessJob(stand_in, "failed", {"resetAttemptsMade": True})
-        except RedisError:
-            raise
-        except Exception:  # bullmq's errors are of no class of their own
+        except TypeError:  # bullmq's word for a job that is gone, or not among the failed any more
             raise ChangedMeanwhileError from None
+        except ResponseError as error:
+            return _broken(error)
         return action
 
     async def _add(self, row: Row, action: AddAgain) -> Action:
@@ -268,7 +268,10 @@ class _Reconciler:
         if "delay" not in action.options:
             # Python's bullmq writes a delay of 0 into every job, Node's doesn't.
             del job.opts["delay"]
-        await queue.backend.addJob(job)
+        try:
+            await queue.backend.addJob(job)
+        except ResponseError as error:
+            return _broken(error)
         return action
 
     def _queue(self, row: Row) -> Queue:
@@ -283,6 +286,17 @@ class _Reconciler:
         else:
             settling, what = Settling.POSSIBLE, f"would {action.infinitive}"
         return Difference(row.id, row.queue or "-", row.status, _state(job), settling, what)
+
+
+def _broken(error: ResponseError) -> Leave:
+    """What a script of BullMQ's met in the job's fields, or in its queue's keys.
+
+    Raises:
+        NoPermissionError: it met nothing, but was not allowed to look.
+    """
+    if isinstance(error, NoPermissionError):
+        raise error
+    return Leave(f"BullMQ's script breaks on the job: {shorten_reason(str(error))}")
 
 
 def _state(job: KeptJob | None) -> str:

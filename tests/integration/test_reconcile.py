@@ -276,6 +276,25 @@ async def test_a_retry_that_bullmq_ignored_is_made_good(
     assert differences(await api.db.rows(), jobs) == []
 
 
+async def test_a_retry_on_which_bullmqs_script_breaks_costs_its_own_row_only(
+    compare: Compare, api: Api, run_worker: RunWorker, redis: Redis, prefix: str
+) -> None:
+    ids = sorted([await api.schedule(QUEUE, {"bad": True}) for _ in range(2)])
+    async with run_worker([TASK]):
+        for task_id in ids:
+            await api.until_both_say(QUEUE, task_id, "failed")
+    for task_id in ids:
+        await api.retry(QUEUE, task_id)
+    parent = f"{prefix}:{QUEUE}:parent"
+    await redis.hset(f"{prefix}:{QUEUE}:{ids[0]}", "parentKey", parent)
+    await redis.mset({parent: "", f"{parent}:unsuccessful": "no set"})
+
+    found = await compare(fix=True)
+
+    assert found[ids[0]].what.startswith("left: BullMQ's script breaks on the job: WRONGTYPE")
+    assert found[ids[1]].what == "retried the job"
+
+
 # -- jobs that can't be read ---------------------------------------------------------------------
 
 
