@@ -37,7 +37,7 @@ _FIELDS: Final = (
 )
 
 # One script, so that a job which moves meanwhile is seen either before or after. The payload is not
-# read, and the fields only if they are asked for.
+# read.
 _LOOK: Final = """
 local state, score
 for i = 1, 5 do
@@ -47,8 +47,7 @@ end
 for i = 6, 8 do
   if not state and redis.call('LPOS', KEYS[i + 1], ARGV[1]) then state = i end
 end
-local fields = {}
-if #ARGV > 1 then fields = redis.call('HMGET', KEYS[1], unpack(ARGV, 2)) end
+local fields = redis.call('HMGET', KEYS[1], unpack(ARGV, 2))
 return {state or 0, score or '', redis.call('EXISTS', KEYS[1]), fields}
 """
 
@@ -62,7 +61,7 @@ class KeptJob:
         state: the list or set it is in, by the name of its key; "" for none.
         exists: whether its fields are there.
         score: its score, where the state is a set.
-        fields: those of `_FIELDS` that it has; empty if they were not asked for.
+        fields: those that were read and that it has.
         fault: why nothing else is known of it; None as a rule.
     """
 
@@ -115,12 +114,15 @@ class JobReader:
     async def look(self, queue: str, job_id: str, *, fields: bool) -> KeptJob:
         """Look at one job; what its key or its queue's keys hold may be anything.
 
+        Args:
+            fields: whether to read them; they may be large.
+
         Raises:
             redis.exceptions.RedisError: the server can't be reached, or refuses to be asked.
         """
         base = f"{self._prefix}:{queue}:"
         keys = [base + job_id, *(base + name for name in (*_SETS, *_LISTS))]
-        wanted = _FIELDS if fields else ()
+        wanted = _FIELDS if fields else _FIELDS[:1]  # which tells whether they can be read
         try:
             state, score, exists, values = await self._look(keys=keys, args=[job_id, *wanted])
         except ResponseError as error:

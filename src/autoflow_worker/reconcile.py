@@ -9,7 +9,7 @@ missing job says nothing about them; and a job that runs again writes its row by
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import psycopg
@@ -110,10 +110,10 @@ async def reconcile(
             reconciler = _Reconciler(redis, connection, prefix, fix=fix, lost=lost)
             last: str | None = ""
             while last is not None:
-                rows, last = await reconciler.differing_after(last)
+                found, last = await reconciler.differing_after(last)
                 # One at a time: a job's result may be large.
-                for row in rows:
-                    difference = await reconciler.settle(row)
+                for row, state in found:
+                    difference = await reconciler.settle(row, state)
                     if difference is not None:
                         yield difference
     except RedisConnectionError as error:
@@ -139,7 +139,7 @@ class _Reconciler:
         self._fix = fix
         self._lost: Lost | None = lost
 
-    async def differing_after(self, last: str) -> tuple[list[Row], str | None]:
+    async def differing_after(self, last: str) -> tuple[list[tuple[Row, str]], str | None]:
         """The next rows that differ from their jobs, and did not change for `SETTLING` seconds.
 
         A row that somebody has written meanwhile is left to whoever it was: what is true of it
@@ -149,37 +149,42 @@ class _Reconciler:
             last: the id up to which all rows were compared.
 
         Returns:
-            The rows, and the id up to which all are compared now; None if these are all.
+            The rows, each with its job's state at the first look; and the id up to which all are
+            compared now, None if these are all.
         """
-        versions: dict[str, str] = {}
+        suspects: dict[str, tuple[str, str]] = {}
         rows: list[Row] = []
-        while len(versions) < SUSPECTS and (
+        while len(suspects) < SUSPECTS and (
             rows := await self._rows(_OPEN_ROWS, list(OPEN), last, PAGE)
         ):
             last = rows[-1].id
-            versions |= {row.id: row.version for row in await self._differing(rows)}
-        if not versions:
+            jobs = await asyncio.gather(*(self._look(row, fields=False) for row in rows))
+            for row, job in zip(rows, jobs, strict=True):
+                if job is None or not agrees(row, job, _now_ms()):
+                    suspects[row.id] = row.version, _state(job)
+        if not suspects:
             return [], None
         await asyncio.sleep(SETTLING)
-        again = await self._rows(_ROWS, list(versions))
-        return [row for row in again if row.version == versions[row.id]], last if rows else None
-
-    async def _differing(self, rows: Sequence[Row]) -> list[Row]:
-        found = await asyncio.gather(*(self._differs(row) for row in rows))
-        return [row for row, differs in zip(rows, found, strict=True) if differs]
+        found: list[tuple[Row, str]] = []
+        for row in await self._rows(_ROWS, list(suspects)):
+            version, state = suspects[row.id]
+            if row.version == version:
+                found.append((row, state))
+        return found, last if rows else None
 
     async def _rows(self, query: str, *args: object) -> list[Row]:
         cursor = await self._connection.execute(query.encode(), args)
         return [Row(*values) for values in await cursor.fetchall()]
 
-    async def _differs(self, row: Row) -> bool:
-        job = await self._look(row, fields=False)
-        return job is None or not agrees(row, job, _now_ms())
+    async def settle(self, row: Row, state: str) -> Difference | None:
+        """Settle one row's difference, or say how; None if there is none any more.
 
-    async def settle(self, row: Row) -> Difference | None:
-        """Settle one row's difference, or say how; None if there is none any more."""
+        Args:
+            state: the job's, at the first look. A job that has moved since has somebody at work on
+                it, who is about to write the row.
+        """
         job = await self._look(row, fields=True)
-        if job is not None and agrees(row, job, _now_ms()):
+        if _state(job) != state or (job is not None and agrees(row, job, _now_ms())):
             return None
         try:
             action = await self._plan(row, job)
