@@ -201,7 +201,7 @@ async def test_beside_a_busy_worker_it_breaks_nothing(
     await client.aclose()
 
     # A job whose backoff has ended waits for its turn, which nobody tells its row before. The other
-    # two are for a machine so busy that a worker takes more than a second from one store to the next.
+    # two are for a machine so busy that a worker takes a second from one store to the next.
     said = {what for found in rounds for what in found}
     assert said <= {"set pending", "set active", "set delayed"}
     assert await api.db.statuses() == {"completed": 225, "failed": 75}
