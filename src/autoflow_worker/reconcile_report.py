@@ -1,5 +1,6 @@
 """What the `reconcile` command prints: a line for each difference, and a sentence at the end."""
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
@@ -34,20 +35,22 @@ class Difference:
     what: str
 
 
-HEADER = f"{'row':21}  {'it says':9}  {'BullMQ says':16}  queue: what is done"
+HEADER = f"{'row':21}  {'it says':7}  {'BullMQ says':16}  queue: what is done"
 
 
 def line(difference: Difference, width: int | None) -> str:
     """One difference as one line, whatever its texts hold.
 
     Args:
-        width: characters of the terminal, where the line ends; None: it may be of any length.
+        width: characters of the terminal, for which a longer line is wrapped; None: of no terminal.
     """
     one = difference
-    text = f"{one.row_id:21}  {one.status:9}  {one.state:16}  {one.queue}: {one.what}"
+    text = f"{one.row_id:21}  {one.status:7}  {one.state:16}  {one.queue}: {one.what}"
     # A queue's name may hold what a terminal takes for a command.
     text = "".join(char if char.isprintable() else "\ufffd" for char in text)
-    return text if width is None or len(text) <= width else f"{text[: width - 1]}…"
+    if width is None or len(text) <= width:
+        return text
+    return textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False)
 
 
 class Summary:

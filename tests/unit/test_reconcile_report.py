@@ -28,9 +28,11 @@ def test_a_line_names_the_row_and_what_is_done() -> None:
     assert line(ONE, None).index("completed") == HEADER.index("BullMQ")
 
 
-def test_a_line_ends_with_the_terminal() -> None:
-    assert len(line(ONE, 80)) == 80
-    assert line(ONE, 80).endswith("…")
+@pytest.mark.parametrize("width", [20, 60, 80])
+def test_a_long_line_is_wrapped_for_a_terminal(width: int) -> None:
+    lines = line(ONE, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert "".join("".join(lines).split()) == "".join(line(ONE, None).split())
     assert line(ONE, 500) == line(ONE, None)
 
 
