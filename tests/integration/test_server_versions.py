@@ -1,11 +1,15 @@
 """The main job on every server version that this machine has, from the oldest served on."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 
 from autoflow_worker import TaskContext, TaskOptions, define_task
+from autoflow_worker.reconcile import reconcile
+from autoflow_worker.reconcile_report import Settling
+from autoflow_worker.redis_client import PipelinedRedis
 from tests.support.api import Api, Json
 from tests.support.database import Connection, Database, check_rows
 from tests.support.node import Node
@@ -46,7 +50,20 @@ async def run_some_jobs(api: Api, **where: Any) -> None:
     assert [row["attempts"] for row in rows] == [1, 3, 1, 1]
     assert [row["result"]["output"] for row in rows] == [{"attempt": n} for n in (1, 3, 1, 1)]
     assert (failed["attempts"], failed["error"]["reason"]) == (2, "attempt 2")
+    await reconcile_them(api, **where)
     await check_rows(api.db.url)
+
+
+async def reconcile_them(api: Api, *, redis_url: str, database_url: str, prefix: str) -> None:
+    """Have the rows set right after they were made to lie."""
+    statuses = await api.db.statuses()
+    await api.db.execute("""UPDATE tasks SET data = data || '{"status": "active"}'""")
+    client = PipelinedRedis(redis_url)
+    await client.open(30)
+    async with aclosing(reconcile(client, database_url, prefix, fix=True)) as found:
+        assert {difference.settling async for difference in found} == {Settling.DONE}
+    await client.aclose()
+    assert await api.db.statuses() == statuses
 
 
 @pytest.mark.parametrize("name", ["redis-6.2", "valkey-8.1", "redis-8.2", "valkey-9.1"])
