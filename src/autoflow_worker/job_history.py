@@ -213,7 +213,10 @@ class JobHistory:
         )
 
     def _made_row(self) -> NewRow:
-        row = record.unknown_job_row(self._queue.name, self._claim)
+        claim = self._claim
+        row = record.unknown_job_row(
+            self._queue.name, data=claim.data, options=claim.options, timestamp=claim.timestamp
+        )
         return NewRow(record.encode(row), record.encode({**row, "payload": {}}))
 
     async def _persist(self, write: Write) -> Verdict:

@@ -42,7 +42,7 @@ from autoflow_worker.queue_scripts import (
 )
 from autoflow_worker.redis_channel import REPLY_PATIENCE, Channel
 from autoflow_worker.redis_client import PipelinedRedis
-from autoflow_worker.script_guard import guarded, guarded_as
+from autoflow_worker.script_guard import guard, guarded
 from autoflow_worker.storable import dump
 
 OUTAGE_PAUSE: Final = 0.05
@@ -123,8 +123,7 @@ class JobQueue:
         """
         commands = self._worker.scripts.commands
         finish = commands["moveToFinished"].script
-        for name, command in commands.items():
-            commands[name] = self._redis.register_script(guarded_as(name, command.script))
+        guard(commands, self._redis.register_script)
         return self._redis.register_script(guarded(finish))
 
     async def open(self, timeout: float) -> None:

@@ -38,7 +38,9 @@ from autoflow_worker.reconcile_plan import (
     plan,
 )
 from autoflow_worker.reconcile_report import Difference, Settling
+from autoflow_worker.redis_channel import CommandRefusedError
 from autoflow_worker.redis_client import PipelinedRedis
+from autoflow_worker.script_guard import guard
 
 PAGE: Final = 500
 """Rows that are compared at once."""
@@ -116,6 +118,8 @@ async def reconcile(
                     difference = await reconciler.settle(row, state)
                     if difference is not None:
                         yield difference
+    except CommandRefusedError as error:
+        raise RedisUnfitError(f"Redis refuses what reconcile asks: {error}") from None
     except RedisConnectionError as error:
         raise RedisUnavailableError(f"Redis went away: {error}") from None
     except RedisError as error:
@@ -280,7 +284,9 @@ class _Reconciler:
         return action
 
     def _queue(self, row: Row) -> Queue:
-        return Queue(str(row.queue), {"connection": self._redis, "prefix": self._prefix})
+        queue = Queue(str(row.queue), {"connection": self._redis, "prefix": self._prefix})
+        guard(queue.scripts.commands, self._redis.register_script)
+        return queue
 
     def _difference(self, row: Row, job: KeptJob | None, action: Action) -> Difference:
         if isinstance(action, Leave):

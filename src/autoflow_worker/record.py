@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, cast
 
 from autoflow_worker.cleaning import clean_text
 from autoflow_worker.errors import NotStorableError
@@ -31,19 +31,6 @@ _API_ID = re.compile(r"[A-Za-z0-9_-]{21}")
 _TO_ESCAPE = re.compile(r"[:~=]")
 _ESCAPED = re.compile(r"=(3A|7E|3D)")
 _PRIORITY_WORDS = {1: "critical", 2: "high", 3: "normal", 4: "low"}
-
-
-class UnknownJob(Protocol):
-    """What a row is made of: a `Claim`, whose attributes may hold anything."""
-
-    @property
-    def data(self) -> Any: ...
-
-    @property
-    def options(self) -> Any: ...
-
-    @property
-    def timestamp(self) -> Any: ...
 
 
 def active_patch(*, now_ms: float, attempt: int) -> Record:
@@ -147,7 +134,7 @@ def error_record(failure: BaseException | str, now_ms: float) -> Record:
     }
 
 
-def unknown_job_row(queue: str, job: UnknownJob) -> Record:
+def unknown_job_row(queue: str, *, data: object, options: object, timestamp: object) -> Record:
     """Return the whole `data` of a row for a job that came without one (contract, section 4).
 
     Never raises: a producer that nobody knows may have put anything into the job. The payload is
@@ -155,14 +142,14 @@ def unknown_job_row(queue: str, job: UnknownJob) -> Record:
     can't be stored. A priority other than BullMQ's 1 to 4 is "normal", fewer than one attempt is
     one, and what is no time is now.
     """
-    options = job.options if isinstance(job.options, Mapping) else {}
-    added = job.timestamp if _is_finite(job.timestamp) else time.time() * 1000
+    options = options if isinstance(options, Mapping) else {}
+    added = cast(float, timestamp) if _is_finite(timestamp) else time.time() * 1000
     name = storable(queue)
     return {
         "schemaVersion": 1,
         "taskName": name,
         "queueName": name,
-        "payload": _payload(job.data),
+        "payload": _payload(data),
         "status": "pending",
         "priority": _priority_word(options.get("priority")),
         "attempts": 0,

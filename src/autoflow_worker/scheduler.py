@@ -21,8 +21,10 @@ from autoflow_worker.errors import (
     WorkerError,
 )
 from autoflow_worker.new_rows import PATIENCE, RETRY_PAUSE, NewRows
+from autoflow_worker.redis_channel import CommandRefusedError
 from autoflow_worker.redis_client import PipelinedRedis
 from autoflow_worker.retry import MAX_DELAY_MS
+from autoflow_worker.script_guard import guard
 from autoflow_worker.storable import storable
 from autoflow_worker.task import PRIORITIES, TaskDefinition
 
@@ -148,7 +150,9 @@ class TaskScheduler:
         name = task.queue_name
         queue = self._queues.get(name)
         if queue is None:
+            assert self._redis is not None
             queue = Queue(name, {"connection": self._redis, "prefix": self._prefix})
+            guard(queue.scripts.commands, self._redis.register_script)
             self._queues[name] = queue
         options: dict[str, Any] = {
             "jobId": secrets.token_urlsafe(16)[:21],  # The alphabet and length of the API's nanoid.
@@ -173,7 +177,9 @@ class TaskScheduler:
         except Exception as error:  # BullMQ's own errors are of no class of their own.
             reason = f"the job could not be added: {error}"
             await self._withdraw(job, reason)
-            if isinstance(error, RedisConnectionError):
+            if isinstance(error, RedisConnectionError) and not isinstance(
+                error, CommandRefusedError
+            ):
                 raise RedisUnavailableError(reason) from error
             raise RedisUnfitError(reason) from error
         try:
@@ -252,7 +258,9 @@ def _payload_object(task: TaskDefinition[Any], payload: object) -> dict[str, Any
 
 def _row(task: TaskDefinition[Any], job: Job, user_id: str | None) -> record.Record:
     """Return the row as the API inserts it: as for a job that came without one, and its user."""
-    row = record.unknown_job_row(task.queue_name, job)
+    row = record.unknown_job_row(
+        task.queue_name, data=job.data, options=job.opts, timestamp=job.timestamp
+    )
     if job.delay:
         row |= {"status": "delayed", "delayUntil": record.iso(job.timestamp + job.delay)}
     return {**row, "userId": user_id}

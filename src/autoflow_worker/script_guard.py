@@ -7,9 +7,9 @@ and refuses to begin otherwise. Redis 6 can't be asked: there the checks at the 
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 _CALLED: Final = re.compile(r"""(?:rcall|redis\.p?call)\(\s*["'](\w+)""")
 _PUSHED_BY_VARIABLE: Final = re.compile(r"""["']([LR]PUSH)["']""")
@@ -34,6 +34,17 @@ if redis.acl_check_cmd then
   end
 end
 """
+
+
+def guard(commands: dict[str, Any], register: Callable[[str], Any]) -> None:
+    """Put each script of a `bullmq.Worker` or `Queue` behind its check.
+
+    Args:
+        commands: bullmq's own dictionary of its scripts, by name; changed in place.
+        register: makes a script of a text.
+    """
+    for name, command in commands.items():
+        commands[name] = register(guarded_as(name, command.script))
 
 
 def guarded_as(name: str, script: str) -> str:

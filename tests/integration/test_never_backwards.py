@@ -245,10 +245,4 @@ def test_no_interleaving_takes_a_row_back(database_url: str) -> None:
 
 
 def new_row() -> Row:
-    @dataclass
-    class Job:
-        data: object
-        options: object
-        timestamp: object
-
-    return record.unknown_job_row(QUEUE, Job({}, {}, NOW_MS))
+    return record.unknown_job_row(QUEUE, data={}, options={}, timestamp=NOW_MS)

@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -33,7 +32,7 @@ class Job:
 
 
 def a_row() -> dict[str, Any]:
-    return record.unknown_job_row("queue", Job({"n": 1}, {}))
+    return record.unknown_job_row("queue", **vars(Job({"n": 1}, {})))
 
 
 def assert_row(row: dict[str, Any]) -> None:
@@ -161,7 +160,7 @@ ODD: list[object] = [None, 0, -1, "3", True, math.nan, math.inf, [], {}]
 
 def test_an_unknown_job_gets_a_whole_row() -> None:
     job = Job({"n": 1, "correlationId": "c"}, {"priority": 2, "attempts": 5, "jobId": "x"})
-    row = record.unknown_job_row("users-send-welcome-email", job)
+    row = record.unknown_job_row("users-send-welcome-email", **vars(job))
     assert row == {
         "schemaVersion": 1,
         "taskName": "users-send-welcome-email",
@@ -199,7 +198,7 @@ def test_an_unknown_job_gets_a_whole_row() -> None:
     ],
 )
 def test_a_priority_becomes_a_word(priority: object, word: str) -> None:
-    assert record.unknown_job_row("q", Job({}, {"priority": priority}))["priority"] == word
+    assert record.unknown_job_row("q", **vars(Job({}, {"priority": priority})))["priority"] == word
 
 
 @pytest.mark.parametrize(
@@ -213,7 +212,7 @@ def test_a_priority_becomes_a_word(priority: object, word: str) -> None:
     ],
 )
 def test_there_is_at_least_one_attempt(attempts: object, stored: int) -> None:
-    row = record.unknown_job_row("q", Job({}, {"attempts": attempts}))
+    row = record.unknown_job_row("q", **vars(Job({}, {"attempts": attempts})))
     assert row["maxAttempts"] == stored
     assert type(row["maxAttempts"]) is int
 
@@ -234,14 +233,14 @@ def test_there_is_at_least_one_attempt(attempts: object, stored: int) -> None:
     ids=["{}", "correlationId", "None", "list", "text", "numbers", "object", "in", "large"],
 )
 def test_a_payload_is_always_an_object(data: object, payload: object) -> None:
-    row = record.unknown_job_row("q", Job(data, {}))
+    row = record.unknown_job_row("q", **vars(Job(data, {})))
     assert row["payload"] == payload
     assert_row(row)
 
 
 @pytest.mark.parametrize("timestamp", [None, "x", True, math.nan, math.inf, [], {}])
 def test_a_job_without_a_time_was_added_now(timestamp: object) -> None:
-    row = record.unknown_job_row("q", Job({}, {}, timestamp))
+    row = record.unknown_job_row("q", **vars(Job({}, {}, timestamp)))
     assert abs(datetime.fromisoformat(row["enqueuedAt"]) - datetime.now(UTC)).total_seconds() < 60
     assert_row(row)
 
@@ -262,9 +261,7 @@ opts = st.fixed_dictionaries({}, optional={"priority": anything, "attempts": any
 
 @given(st.text(st.characters(exclude_categories=())), anything, opts, anything)
 def test_any_job_gets_a_row(queue: str, data: Any, opts: Any, timestamp: Any) -> None:
-    assert_row(
-        record.unknown_job_row(queue, SimpleNamespace(data=data, options=opts, timestamp=timestamp))
-    )
+    assert_row(record.unknown_job_row(queue, data=data, options=opts, timestamp=timestamp))
 
 
 # -- ids and dates -------------------------------------------------------------------------------
