@@ -98,6 +98,7 @@ class JobHistory:
         """
         # Not the time of the write: it tells claims apart, and a stale one must look stale.
         patch = record.active_patch(now_ms=self._claim.claimed_ms, attempt=self._claim.attempt)
+        self._start = patch
         since: str | None = patch["startedAt"]
         while True:
             write = self._submit(patch, since=since)
@@ -113,7 +114,6 @@ class JobHistory:
                 write.new_row = self._made_row()
         else:
             self._note_start(verdict)
-        self._start = patch
         return verdict
 
     def complete(self, result: record.Record) -> Awaitable[Verdict]:
