@@ -41,6 +41,8 @@ EXAMPLES = int(os.environ.get("INTERLEAVINGS", "300"))
 NOW_MS = 1_790_000_000_000
 LOCK_MS = 30_000
 """BullMQ's lockDuration: nobody takes a job over earlier."""
+FAR_OFF_MS = (-90_000, -31_000, 31_000, 90_000)
+"""How far clocks are off that differ by more than a lock lasts."""
 
 Row = dict[str, Any]
 
@@ -134,12 +136,15 @@ class Interleaving(RuleBasedStateMachine):
 
     # -- workers ---------------------------------------------------------------------------------
 
-    @rule(skew_ms=st.integers(-5_000, 5_000) | st.integers(-2 * LOCK_MS, 2 * LOCK_MS))
+    @rule(skew_ms=st.integers(-5_000, 5_000) | st.sampled_from(FAR_OFF_MS))
     @precondition(lambda self: self.waiting)
     def claim(self, skew_ms: int) -> None:
         """A worker whose clock is off by so much fetches the job."""
         # Two claims of one job in the same millisecond can't be told apart; their locks can.
         assume(self.clock_ms + 1 + skew_ms not in {a.clock_ms for a in self.attempts})
+        self.take(skew_ms)
+
+    def take(self, skew_ms: int) -> None:
         self.clock_ms += 1
         claim = Claim(None, {}, self.row_id, "token", 0.0)
         claim.claimed_ms, claim.attempt = self.clock_ms + skew_ms, 1
@@ -284,6 +289,27 @@ def test_no_interleaving_takes_a_row_back(database_url: str) -> None:
             )
         finally:
             stores.close()
+
+
+def test_a_clock_that_is_off_by_more_than_a_lock_takes_no_outcome_away(database_url: str) -> None:
+    """The late start of an attempt that lost its job covers a newer one, whose outcome follows."""
+    with asyncio.Runner() as runner:
+        stores = Stores(runner, database_url)
+        job = Interleaving(stores)
+        job.take(FAR_OFF_MS[-1])
+        job.stall()
+        job.take(0)
+        stale, holder = job.attempts
+        assert runner.run(holder.history.start()) is Verdict.WRITTEN
+        assert runner.run(stale.history.start()) is Verdict.WRITTEN
+        assert job.row["startedAt"] == stale.start["startedAt"]
+        holder.started = True
+        assert job.record("completed") is Verdict.WRITTEN
+        with pytest.raises(LockLostError):
+            runner.run(stale.history.finish(OUTCOMES["failed"]))
+        assert job.row["status"] == "completed"
+        job.teardown()
+        stores.close()
 
 
 def new_row() -> Row:
