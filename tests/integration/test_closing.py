@@ -399,7 +399,7 @@ async def test_postgresql_away_does_not_hold_the_exit(
     handler, other = handler_type(), Handler(released=True)
     urls = {"redis_url": redis_url, "database_url": own_postgres.url, "prefix": prefix}
     async with running([a_task(handler)], **urls, worker_shutdown_grace=GRACE) as worker:
-        job_id = await node5.schedule(QUEUE)
+        job_id = await node5.schedule(QUEUE, task_id="not-of-the-api")
         await until(lambda: handler.runs)
         await go_away(own_postgres, how)
         assert await bounded_stop(worker) == EXIT_HANDED_BACK
@@ -429,7 +429,7 @@ async def test_postgresql_away_while_outcomes_wait_for_it_does_not_hold_the_exit
     handler = Handler()
     urls = {"redis_url": redis_url, "database_url": own_postgres.url, "prefix": prefix}
     async with running([a_task(handler, 5)], **urls, worker_shutdown_grace=GRACE) as worker:
-        ids = [await node5.schedule(QUEUE) for _ in range(5)]
+        ids = [await node5.schedule(QUEUE, task_id=f"not-of-the-api-{n}") for n in range(5)]
         await until(lambda: len(handler.runs) == 5)
         await go_away(own_postgres, how)
         handler.released.set()
