@@ -1,37 +1,59 @@
-"""Whether a URL is one that its driver can read.
+"""Whether a URL is one that its driver can read, and REDIS_URL in ioredis' words.
 
 The drivers' own parsers have the last word, so that a start can't fail on what this let pass. No
 fault quotes the URL: where one is malformed, nobody can say which part was meant as the password.
 """
 
+import inspect
 import re
-from collections.abc import Collection
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from typing import Any, Final
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}(?=://)")
 _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _UNKNOWN_OPTION = re.compile(
     r"(?:unexpected keyword argument|URI query parameter:) ['\"](\w+)['\"]"
 )
+_KEY_VALUE = re.compile(r"\w+\s*=")
+_DATABASE_NUMBER = re.compile(r"/?[0-9]*/?")
+_ENCODED: Final = "in a user name or password, / ? # @ : [ ] have to be written percent-encoded"
+
+# What ioredis takes in a URL and this worker has no use for: how it retries, queues, parses and
+# names connections is not configurable here.
+_MEANINGLESS: Final = frozenset(
+    """
+    autoPipeliningIgnoredCommands autoResendUnfulfilledCommands autoResubscribe blockingTimeout
+    blockingTimeoutGrace clientInfoTag commandTimeout connectionName disableClientInfo
+    disconnectTimeout enableAutoPipelining enableOfflineQueue enableReadyCheck keepAlive lazyConnect
+    maxLoadingRetryTime maxRetriesPerRequest monitor name noDelay offlineQueue readOnly
+    reconnectOnError retryStrategy role showFriendlyErrorStack socketTimeout stringNumbers
+    """.split()  # noqa: SIM905 - a list of words
+)
+_TRANSLATED: Final = frozenset({"connectTimeout", "family", "keyPrefix", "sentinels", "tls"})
 
 
 def redis_url(url: str) -> str:
-    """Return the URL without outer blanks.
+    """Return the URL in redis-py's words, with `family=4` or `family=6` where it is asked for.
+
+    Takes what ioredis takes as well: no scheme, a port alone, a socket's path, and its options.
+    What was returned once is returned unchanged.
 
     Raises:
-        ValueError: redis-py can't use it.
+        ValueError: it can't be used.
     """
-    url = _outline(url, {"redis", "rediss", "unix"})
-    if url.lower().startswith("unix:") and not urlsplit(url).path:
+    url = _outline(_with_redis_scheme(url.strip()), {"redis", "rediss", "unix"})
+    parts = urlsplit(url)
+    socket_file = parts.scheme == "unix"
+    if socket_file and not parts.path:
         raise ValueError("it names no socket file")
-    from redis.asyncio import ConnectionPool  # noqa: PLC0415 - heavy, and needed for a start only
-
-    try:
-        pool: Any = ConnectionPool.from_url(url)
-        pool.make_connection()
-    except Exception as error:
-        raise ValueError(_option_fault(error)) from None
+    if socket_file and parts.netloc and "@" not in parts.netloc:
+        raise ValueError("a socket's path begins with a slash, so there are three: unix:///run/...")
+    if not socket_file and not _DATABASE_NUMBER.fullmatch(parts.path):
+        raise ValueError(f"what follows its host is no database's number; {_ENCODED}")
+    url = _translated(url, parts.query, has_number=not socket_file and len(parts.path) > 1)
+    _try_redis(url)
     return url
 
 
@@ -41,23 +63,103 @@ def database_url(url: str) -> str:
     Raises:
         ValueError: libpq can't use it.
     """
+    url = url.strip()
+    if _KEY_VALUE.match(url):
+        raise ValueError("it is a list of key=value, not a URL")
     url = _outline(url, {"postgres", "postgresql"})
-    from psycopg import Error, conninfo  # noqa: PLC0415 - as above
+    # libpq ends the password at the first @, and would print the rest as the host's name.
+    if urlsplit(url).netloc.count("@") > 1:
+        raise ValueError(f"it has more than one @; {_ENCODED}, @ as %40")
+    from psycopg import Error, conninfo, pq  # noqa: PLC0415 - heavy, and needed for a start only
 
     try:
         conninfo.conninfo_to_dict(url)
     except Error as error:
-        raise ValueError(_option_fault(error)) from None
+        known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
+        raise ValueError(_option_fault(error, url, known)) from None
     return url
 
 
-def _option_fault(error: Exception) -> str:
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return which of the known words is most like this one, whatever the case of its letters."""
+    by_lower = {each.lower(): each for each in known}
+    found = get_close_matches(word.lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None
+
+
+def _with_redis_scheme(url: str) -> str:
+    if SCHEME.match(url):
+        return url
+    if url.isdecimal():
+        return f"redis://localhost:{url}"
+    if url.startswith("//"):
+        return f"redis:{url}"
+    if url.startswith("/"):
+        return f"unix://{url}"
+    return f"redis://{url}" if url and "://" not in url else url
+
+
+def _translated(url: str, query: str, *, has_number: bool) -> str:
+    scheme, _, rest = url.partition("?")[0].partition("#")[0].partition("://")
+    scheme = scheme.lower()
+    options = []
+    for name, value in parse_qsl(query):
+        if name in _MEANINGLESS or (name == "db" and has_number):  # ioredis takes the path's
+            continue
+        if name == "tls" and scheme != "unix" and value.lower() in {"true", "1"}:
+            scheme = "rediss"
+            continue
+        options += _translated_option(name, value)
+    if scheme == "unix":
+        options = [(name, value) for name, value in options if name != "family"]
+    encoded = urlencode(options, quote_via=quote)
+    return f"{scheme}://{rest}" + (f"?{encoded}" if encoded else "")
+
+
+def _translated_option(name: str, value: str) -> list[tuple[str, str]]:
+    if name == "tls":
+        raise ValueError("TLS is asked for by the scheme rediss://, not by the option tls")
+    if name == "keyPrefix":
+        raise ValueError("BullMQ takes no keyPrefix; set BULLMQ_PREFIX to the queues' prefix")
+    if name == "sentinels":
+        raise ValueError("Sentinel is not supported; name the server itself")
+    if name == "family":
+        if value not in {"0", "4", "6"}:
+            raise ValueError("its option family has to be 4 or 6")
+        return [] if value == "0" else [(name, value)]
+    if name == "connectTimeout":
+        if not value.isdecimal():
+            raise ValueError("its option connectTimeout has to be a number of milliseconds")
+        # 0 is no limit in ioredis; the worker's own limit stays.
+        return [("socket_connect_timeout", f"{int(value) / 1000:g}")] if int(value) else []
+    return [(name, value)]
+
+
+def _try_redis(url: str) -> None:
+    from redis.asyncio import ConnectionPool  # noqa: PLC0415 - as above
+
+    pool: Any = None
+    try:
+        pool = ConnectionPool.from_url(url)
+        pool.connection_kwargs.pop("family", None)  # read by redis_client
+        pool.make_connection()
+    except Exception as error:
+        classes = pool.connection_class.__mro__ if pool is not None else ()
+        known = {name for each in classes for name in inspect.signature(each.__init__).parameters}
+        known -= {"self", "args", "kwargs"}
+        raise ValueError(_option_fault(error, url, known | _MEANINGLESS | _TRANSLATED)) from None
+
+
+def _option_fault(error: Exception, url: str, known: Collection[str]) -> str:
     option = _UNKNOWN_OPTION.search(str(error))
-    return f"it has no option {option[1]!r}" if option else "the driver can't read its options"
+    # With a password among the options, the unknown one may be what follows an & in it.
+    if option is None or "pass" in urlsplit(url).query.lower():
+        return "the driver can't read its options"
+    like = nearest(option[1], known)
+    return f"it has no option {option[1]!r}" + (f"; the nearest is {like!r}" if like else "")
 
 
 def _outline(url: str, schemes: Collection[str]) -> str:
-    url = url.strip()
     if any(character.isspace() or not character.isprintable() for character in url):
         raise ValueError("it contains a blank or a control character")
     scheme = SCHEME.match(url)
@@ -70,8 +172,10 @@ def _outline(url: str, schemes: Collection[str]) -> str:
         # PostgreSQL takes several hosts separated by commas, which urlsplit can't take apart.
         _ = "," in parts.netloc or parts.port
     except ValueError:
-        raise ValueError(
-            "its host or port can't be read; in a user name or password, / ? # @ : [ ] have to be "
-            "written percent-encoded"
-        ) from None
+        raise ValueError(f"its host or port can't be read; {_ENCODED}") from None
+    # A password that holds one of / ? # ends too early: what is left of it would be taken for a
+    # path or an option, and its beginning for a host, which drivers print.
+    after = parts.query + parts.fragment + ("" if parts.scheme == "unix" else parts.path)
+    if "@" in after:
+        raise ValueError(f"it has an @ behind its host; {_ENCODED}, @ as %40")
     return url

@@ -2,16 +2,18 @@
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, cast
 
 import structlog
 from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError
 
+from autoflow_worker.connection_urls import redis_url
 from autoflow_worker.redis_channel import Channel, ServerNotReadyError, WrongServerError
 
 log = structlog.get_logger(__name__)
@@ -35,13 +37,14 @@ class PipelinedRedis(Redis):
     commands, pipelines and transactions take connections of redis-py's pool, as always.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`, with redis-py's options.
+        url: whatever ``connection_urls.redis_url`` takes.
 
     Raises:
-        ValueError: the URL is not one of these.
+        ValueError: it does not take this one.
     """
 
     def __init__(self, url: str) -> None:
+        url = redis_url(url)
         pool = ConnectionPool.from_url(
             url,
             protocol=2,
@@ -51,6 +54,7 @@ class PipelinedRedis(Redis):
             retry=Retry(NoBackoff(), 0),
             **_keepalive_of(url),
         )
+        _take_family(pool)
         super().__init__(connection_pool=pool)
         self.auto_close_connection_pool = True
         self._scripts: dict[str, AsyncScript] = {}
@@ -137,6 +141,30 @@ def _keepalive_of(url: str) -> dict[str, Any]:
         return {}
     known = {name: value for name, value in KEEPALIVE.items() if hasattr(socket, name)}
     return {"socket_keepalive_options": {getattr(socket, n): v for n, v in known.items()}}
+
+
+class _OfFamily(Connection):
+    """A connection over IPv4 alone, or over IPv6 alone."""
+
+    def __init__(self, *, family: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._family = family
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        return {**super()._connection_arguments(), "family": self._family}
+
+
+class _SSLOfFamily(_OfFamily, SSLConnection):
+    pass
+
+
+def _take_family(pool: ConnectionPool) -> None:
+    """Let `family=4` or `family=6` in the URL choose the addresses; redis-py does not know it."""
+    family = pool.connection_kwargs.pop("family", None)
+    if family is not None:
+        pool.connection_kwargs["family"] = socket.AF_INET if family == "4" else socket.AF_INET6
+        with_tls = issubclass(pool.connection_class, SSLConnection)
+        pool.connection_class = _SSLOfFamily if with_tls else _OfFamily
 
 
 class _Script(AsyncScript):

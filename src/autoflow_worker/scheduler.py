@@ -25,6 +25,7 @@ from autoflow_worker.redis_channel import CommandRefusedError
 from autoflow_worker.redis_client import PipelinedRedis
 from autoflow_worker.retry import MAX_DELAY_MS
 from autoflow_worker.script_guard import guard
+from autoflow_worker.settings import check_urls
 from autoflow_worker.storable import storable
 from autoflow_worker.task import PRIORITIES, TaskDefinition
 
@@ -46,14 +47,18 @@ class TaskScheduler:
     An async context manager. May be used by many coroutines at once.
 
     Args:
-        redis_url: `redis://`, `rediss://` or `unix://`.
-        database_url: libpq's connection URL.
+        redis_url: as REDIS_URL.
+        database_url: as DATABASE_URL.
         prefix: BullMQ's key prefix.
+
+    Raises:
+        SettingsError: a URL can't be used; its message shows no part of it.
     """
 
     def __init__(self, *, redis_url: str, database_url: str, prefix: str = "bull") -> None:
+        check_urls(redis_url=redis_url, database_url=database_url)
         self._redis_url = redis_url
-        self._rows = NewRows(database_url)
+        self._rows = NewRows(database_url.strip())
         self._prefix = prefix
         self._redis: PipelinedRedis | None = None
         self._queues: dict[str, Queue] = {}

@@ -71,10 +71,11 @@ class Settings(BaseSettings):
         "development", description="a name; production turns JSON logs on"
     )
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(
-        description="redis://host:6379/0, rediss:// for TLS, or unix:// and a socket's path"
+        description="host:6379 or redis://host:6379/0, rediss:// for TLS, or unix:// and a "
+        "socket's path"
     )
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] = Field(
-        description="postgresql://host:5432/database"
+        description="postgresql://user:password@host:5432/database"
     )
     bullmq_prefix: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,200}$")] = Field(
         "bull", description="the key prefix that the producers use, 1 to 200 characters"
@@ -160,6 +161,26 @@ class Settings(BaseSettings):
         }
         faults = {name: _fault(faulty[name]) for name in cls.model_fields if name in faulty}
         return cls(**(given | {name: _stand_in(name) for name in faults})), faults
+
+
+def check_urls(*, redis_url: str, database_url: str) -> None:
+    """Check the URLs of somebody who has no `Settings`.
+
+    Raises:
+        SettingsError: one of them can't be used.
+    """
+    faults = []
+    for name, check, url in (
+        ("redis_url", connection_urls.redis_url, redis_url),
+        ("database_url", connection_urls.database_url, database_url),
+    ):
+        try:
+            check(url)
+        except ValueError as error:
+            wanted = Settings.model_fields[name].description
+            faults.append(f"{name}={_shown(name, url)}: {error}; it must be {wanted}")
+    if faults:
+        raise SettingsError(faults)
 
 
 def _stand_in(name: str) -> object:

@@ -62,6 +62,29 @@ async def test_all_wrong_settings_at_once(worker_process: WorkerStarter) -> None
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [["start"], ["check"], ["init-db"], ["reconcile"], ["schedule", "mails", "{}"]],
+    ids=lambda arguments: arguments[0],
+)
+@pytest.mark.parametrize(
+    "url",
+    [f"postgresql://app:{SECRET}@{SECRET}@db:1/x", f"host=db user=app password={SECRET}"],
+    ids=["@", "key=value"],
+)
+async def test_no_command_shows_a_part_of_a_password(
+    worker_process: WorkerStarter, arguments: list[str], url: str
+) -> None:
+    command, *rest = arguments
+    worker = worker_process(TASKS, *rest, command=command, DATABASE_URL=url)
+    assert await worker.wait() == 2, worker.report()
+    said = worker.stdout + worker.stderr
+    assert "DATABASE_URL=" in said
+    assert "it must be postgresql://" in said
+    assert "Traceback" not in said
+    assert SECRET not in said
+
+
+@pytest.mark.parametrize(
     ("tasks", "arguments", "words"),
     [
         (None, [], ["no module 'tasks_config'", "--tasks"]),

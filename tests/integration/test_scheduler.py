@@ -27,6 +27,7 @@ from autoflow_worker.errors import (
     PayloadError,
     RedisUnavailableError,
     RedisUnfitError,
+    SettingsError,
     WorkerError,
 )
 from tests.support.configured import ConfiguredRedis
@@ -295,6 +296,21 @@ async def test_an_unreachable_database(redis_url: str) -> None:
     with pytest.raises(DatabaseUnavailableError) as caught:
         await scheduler.open()
     assert "S3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://app:S3cret@S3cret@127.0.0.1:1/x",
+        "postgresql://app:1234/S3cret@127.0.0.1:1/x",
+        "host=127.0.0.1 port=1 password=S3cret",
+    ],
+)
+async def test_a_database_url_that_can_not_be_read(url: str) -> None:
+    with pytest.raises(SettingsError, match="database_url=") as caught:
+        TaskScheduler(redis_url="127.0.0.1:1", database_url=url)
+    assert "S3cret" not in str(caught.value)
+    assert "1234" not in str(caught.value)
 
 
 async def test_it_has_to_be_open(redis_url: str, database_url: str) -> None:

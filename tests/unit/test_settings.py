@@ -144,18 +144,67 @@ def test_redis_urls(url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("localhost", "redis://localhost"),
+        ("h:6379", "redis://h:6379"),
+        ("h:6379/2", "redis://h:6379/2"),
+        (":pass@h:6379", "redis://:pass@h:6379"),
+        ("6380", "redis://localhost:6380"),
+        ("//h:6379", "redis://h:6379"),
+        ("/run/redis.sock?db=2", "unix:///run/redis.sock?db=2"),
+        ("REDIS://h", "redis://h"),
+        ("redis://h/1?db=2", "redis://h/1"),
+        ("redis://h?db=2", "redis://h?db=2"),
+        ("redis://h?family=4", "redis://h?family=4"),
+        ("rediss://h?family=6", "rediss://h?family=6"),
+        ("h?family=0", "redis://h"),
+        ("/run/redis.sock?family=4", "unix:///run/redis.sock"),
+        ("redis://h?tls=true", "rediss://h"),
+        ("redis://h?connectTimeout=2500", "redis://h?socket_connect_timeout=2.5"),
+        ("redis://h?connectTimeout=0", "redis://h"),
+        ("redis://h?username=u&password=p%26", "redis://h?username=u&password=p%26"),
+        (
+            (
+                "redis://h/3?lazyConnect=true&maxRetriesPerRequest=null&enableReadyCheck=false"
+                "&keepAlive=30000&connectionName=api&noDelay=true&enableOfflineQueue=false"
+                "&showFriendlyErrorStack=true&socket_timeout=3"
+            ),
+            "redis://h/3?socket_timeout=3",
+        ),
+    ],
+)
+def test_redis_urls_as_ioredis_takes_them(url: str, meant: str) -> None:
+    assert load(REDIS_URL=url).redis_url.get_secret_value() == meant
+    assert load(REDIS_URL=meant).redis_url.get_secret_value() == meant
+
+
+@pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("localhost:6379", "no scheme"),
+        ("://h", "no scheme"),
         ("postgresql://h/db", "scheme"),
         ("unix://", "socket"),
+        ("unix://run/redis.sock", "unix:///run"),
+        ("redis://h/cache", "database's number"),
+        ("redis://:12/34@h:1", "%40"),
+        ("redis://:12?34@h:1", "%40"),
+        ("redis://:12#34@h:1", "%40"),
         ("redis://h:port", "host or port"),
         ("redis://:pa#ss@h:1", "host or port"),
         ("redis://:pa%ss@h:1", "%25"),
         ("redis://h:99999", "host or port"),
         ("redis://h h", "blank"),
         ("redis://h?unheard_of=1", "no option 'unheard_of'"),
+        ("redis://h?lazyconnect=1", "the nearest is 'lazyConnect'"),
+        ("redis://h?socket_timeot=1", "the nearest is 'socket_timeout'"),
+        ("redis://h?password=a&b=c", "options"),
         ("redis://h?socket_timeout=soon", "options"),
+        ("redis://h?family=5", "4 or 6"),
+        ("redis://h?connectTimeout=1s", "milliseconds"),
+        ("redis://h?keyPrefix=app:", "BULLMQ_PREFIX"),
+        ("redis://h?tls=RedisCloudFixed", "rediss://"),
+        ("redis://h?sentinels=h:26379", "Sentinel"),
     ],
 )
 def test_redis_urls_that_can_not_work(url: str, reason: str) -> None:
@@ -180,11 +229,13 @@ def test_database_urls(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("host=h dbname=db", "blank"),
+        ("host=h password=S3cr3t dbname=db", "key=value"),
         ("mysql://h/db", "scheme"),
         ("postgresql://u:p@h:port/db", "host or port"),
         ("postgresql://u:100%@h/db", "%25"),
         ("postgresql://h/db?unheard_of=1", "no option 'unheard_of'"),
+        ("postgresql://h/db?ssl_mode=require", "the nearest is 'sslmode'"),
+        ("postgresql://h/db?password=a&b=c", "options"),
         ("postgresql://[h/db", "host or port"),
     ],
 )
@@ -192,6 +243,20 @@ def test_database_urls_that_can_not_work(url: str, reason: str) -> None:
     [fault] = faults(DATABASE_URL=url)
     assert fault.startswith("DATABASE_URL=")
     assert reason in fault
+
+
+@pytest.mark.parametrize("separator", ["@", "/", "?", "#", "[", "/@", "?a=", "#?"])
+@pytest.mark.parametrize("name", ["REDIS_URL", "DATABASE_URL"])
+def test_a_password_that_is_not_encoded_is_refused_and_not_shown(name: str, separator: str) -> None:
+    scheme = "redis" if name == "REDIS_URL" else "postgresql"
+    if (name, separator) == ("REDIS_URL", "@"):
+        return  # ioredis and redis-py both read it as it is meant
+    # Digits, which could be a port.
+    for head, tail in (("1234", "5678"), ("S3cr3t", "S3cr3t")):
+        [fault] = faults(**{name: f"{scheme}://user:{head}{separator}{tail}@h:1/0"})
+        assert "percent-encoded" in fault
+        assert head not in fault.replace("5432", "")
+        assert tail not in fault
 
 
 def test_only_the_faults_that_matter() -> None:
