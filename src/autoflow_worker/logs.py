@@ -129,15 +129,15 @@ def _masked(value: Any) -> Any:
         return [_masked(item) for item in value]
     if isinstance(value, dict):
         return {
-            mask_secrets(key): MASK
-            if _names_secret(key) and isinstance(item, str)
-            else _masked(item)
+            mask_secrets(key): MASK if _is_secret(key, item) else _masked(item)
             for key, item in value.items()
         }
     return value
 
 
-def _names_secret(key: str) -> bool:
+def _is_secret(key: str, value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return False
     pair = f'"{key}": ""'
     return mask_secrets(pair) != pair
 

@@ -137,6 +137,30 @@ def test_passwords_are_masked_wherever_they_are() -> None:
     assert lines.entries[2]["b"] == '"@'
 
 
+@pytest.mark.parametrize("fmt", ["json", "console"])
+def test_tokens_and_keys_are_masked_by_their_names(fmt: str) -> None:
+    lines = Lines(fmt=fmt)
+    CONTEXT.logger.info(
+        "called",
+        headers={"Authorization": "Basic S3cr3t", "x-api-key": "S3cr3t"},
+        clientSecret="S3cr3t",
+        access_token=123456,
+        body=json.dumps({"apiKey": "S3cr3t", "kept": "this"}),
+        words="sent Bearer S3cr3t.S3cr3t to it",
+        tokens_used=12,
+        idempotencyKey="k-1",
+    )
+    assert "S3cr3t" not in lines.text
+    assert "123456" not in lines.text
+    for kept in ("called", "kept", "sent Bearer ***", "tokens_used", "12", "k-1"):
+        assert kept in lines.text
+    if fmt == "json":
+        [entry] = lines.entries
+        assert entry["headers"] == {"Authorization": "***", "x-api-key": "***"}
+        assert entry["clientSecret"] == entry["access_token"] == "***"
+        assert entry["tokens_used"] == 12
+
+
 class Hostile:
     def __repr__(self) -> str:
         raise RuntimeError("no")
