@@ -7,6 +7,7 @@ and running jobs would be taken for stalled.
 
 import atexit
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
@@ -28,6 +29,15 @@ MAX_VALUE_LENGTH = 2_048
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _HIGHEST_FIRST = tuple(reversed(_LEVELS.items()))
 _SAFE_INTEGER = 2**53
+# Texts of several lines, which are printed as they are but for this: escape sequences begin with a
+# control character, and others turn the direction of what follows.
+_TEXTS = frozenset({"event", "exception", "stack"})
+_TERMINAL_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+# Made here, by processors: the level decides the colour.
+_OWN = frozenset({"level", "timestamp"})
+_QUOTED = frozenset(" =\"'")
 # Left before a cut, which would make half a URL of one: that is not recognised, and shows all.
 _SECRET_LENGTH = 1_024
 
@@ -62,7 +72,7 @@ def configure_logging(
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        *([structlog.processors.format_exc_info] if fmt == "json" else []),
+        structlog.processors.format_exc_info,
         _Renderer(_json if fmt == "json" else _console(stream)),
     ]
     bound_logger: Any = structlog.make_filtering_bound_logger(_LEVELS[level])
@@ -148,7 +158,41 @@ def _console(stream: IO[str] | None) -> Callable[[EventDict], str]:
         exception_formatter=structlog.dev.plain_traceback,
         sort_keys=False,
     )
-    return lambda event: mask_secrets(str(renderer(None, "", event)))
+    return lambda event: mask_secrets(str(renderer(None, "", _for_terminal(event))))
+
+
+def _for_terminal(event: EventDict) -> EventDict:
+    """Return the event as text that a terminal shows and does not obey.
+
+    What is secret by its key is masked here: a colour stands between key and value later.
+    """
+    shown: EventDict = {}
+    for key, value in event.items():
+        if key in _TEXTS:
+            shown[key] = _escaped(str(value))
+        elif key in _OWN:
+            shown[key] = value
+        else:
+            name = key if key.isprintable() else repr(key)
+            shown[name] = _Shown(MASK if _is_secret(key, value) else value)
+    return shown
+
+
+class _Shown:
+    """A value's text, which the renderer takes as it is."""
+
+    def __init__(self, value: object) -> None:
+        plain = isinstance(value, str) and value.isprintable() and not _QUOTED.intersection(value)
+        self._text = str(value) if plain else _escaped(repr(value))
+
+    def __repr__(self) -> str:
+        return self._text
+
+    __str__ = __repr__
+
+
+def _escaped(text: str) -> str:
+    return _TERMINAL_CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def _plain(value: object) -> str | float | None:

@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -87,6 +88,73 @@ def test_the_console_format_is_for_people() -> None:
     assert "task_id=t1" in text
     assert "ValueError: invalid literal" in text
     assert "S3cr3t" not in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+CONTROLS = [
+    *("\x1b[2J", "\x1b]8;;http://evil\x1b\\", "\x9b2J", "\r", "\x07", "\x08", "\x7f"),
+    *("\u202e", "\u2066", "\u2028", "\x85"),
+]
+
+
+class Rude:
+    def __repr__(self) -> str:
+        return "rude" + "".join(CONTROLS)
+
+
+def fail(text: str) -> None:
+    raise ValueError(text)
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=ascii)
+def test_no_payload_gives_orders_to_a_terminal(control: str) -> None:
+    stream = Terminal()
+    configure_logging(fmt="console", stream=stream)
+    log = job_logger(task_id=f"t{control}1")
+    event = f"before{control}after"
+    log.info(event, value=f"x{control}y", deep=[{control: control}], rude=Rude())
+    log.info("keys", **{f"key{control}": 1, "logger": control, "stack": f"a{control}\nb"})
+    logging.getLogger("library").warning("library %s", control)
+    try:
+        fail(f"first{control}\nsecond")
+    except ValueError:
+        log.exception("failed")
+    assert flush_logs(10)
+    text = stream.getvalue()
+    assert "\x1b[" in text  # the colours of our own
+    theirs = re.sub(r"\x1b\[\d+m", "", text)
+    assert [c for c in theirs if not c.isprintable() and c not in "\n\t"] == []
+    assert "before\\" in theirs
+    assert "after" in theirs
+    assert "first\\" in theirs
+    # A traceback keeps its lines.
+    lines = theirs.splitlines()
+    assert "Traceback (most recent call last):" in lines
+    assert "second" in lines
+
+
+def test_the_console_shows_values_as_python_does() -> None:
+    lines = Lines(fmt="console")
+    job_logger(task_id="t1").info(
+        "it", a="x", b="x y", c=["x"], d=None, e=1.5, f="", g="ünï", h="q=1"
+    )
+    words = lines.text.split("it", 1)[1].strip()
+    assert words == "task_id=t1 a=x b='x y' c=['x'] d=None e=1.5 f= g=ünï h='q=1'"
+
+
+def test_colours_do_not_bring_a_secret_to_light() -> None:
+    stream = Terminal()
+    configure_logging(fmt="console", stream=stream)
+    job_logger(password="S3cr3t").info(
+        "it", apiKey="S3cr3t", pin_token=987654, deep={"jwt": "S3cr3t"}
+    )
+    assert flush_logs(10)
+    assert "S3cr3t" not in stream.getvalue()
+    assert "987654" not in stream.getvalue()
 
 
 def test_libraries_log_the_same_way() -> None:
