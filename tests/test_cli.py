@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,59 @@ async def test_start_takes_the_command_line_before_the_environment(
     assert (await worker.until_logged("worker_started"))["queues"] == ["reports"]
     worker.send(signal.SIGINT)
     assert await worker.wait() == 0
+
+
+async def test_variables_come_from_env_files(
+    worker_process: WorkerStarter, tmp_path: Path, node5: Node, db: Database
+) -> None:
+    env = worker_process.env
+    lines = [f"{name}={env[name]}\n" for name in ("REDIS_URL", "DATABASE_URL", "BULLMQ_PREFIX")]
+    (tmp_path / ".env").write_text("".join(lines) + "TASKS_CONFIG=nowhere:tasks\n")
+    (tmp_path / ".env.local").write_text("TASKS_CONFIG=tasks_config:tasks\nTHEIRS=hello\n")
+    unset: dict[str, Any] = dict.fromkeys(("REDIS_URL", "DATABASE_URL", "BULLMQ_PREFIX"))
+    worker = worker_process(
+        """
+        import os
+        from autoflow_worker import define_task
+
+        async def handler(payload, ctx):
+            return os.environ["THEIRS"]
+
+        tasks = [define_task("mails", handler)]
+        """,
+        **unset,
+    )
+    task_id = await db.insert_task("mails")
+    await node5.schedule("mails", task_id=task_id)
+    await db.until_status(task_id, "completed")
+    assert (await db.row(task_id))["result"]["output"] == "hello"
+    [read] = worker.logged("env_files_read")
+    assert read["files"] == [".env", ".env.local"]
+    checked = worker_process(command="check", **unset)
+    assert await checked.wait() == 0, checked.report()
+    assert ".env read, .env.local read" in checked.stdout
+    other = worker_process(command="check", **unset, TASKS_CONFIG="nothing:tasks")
+    assert await other.wait() == 2
+    assert "'nothing:tasks'" in other.stdout
+
+
+async def test_variables_that_are_nearly_ours_are_named(worker_process: WorkerStarter) -> None:
+    env = {"WORKER_CONCURENCY": "5", "REDIS_URI": "redis://:S3cr3t@h", "NODE_ENV": "prod"}
+    worker = worker_process(GOOD_TASKS, **env)
+    await worker.until_logged("worker_started")
+    named = {
+        "NODE_ENV=prod": "NODE_ENV=production",
+        "REDIS_URI": "REDIS_URL",
+        "WORKER_CONCURENCY": "WORKER_CONCURRENCY",
+    }
+    warnings = worker.logged("unknown_variable")
+    assert {each["variable"]: each["nearest"] for each in warnings} == named
+    assert {each["level"] for each in warnings} == {"warning"}
+    checked = worker_process(command="check", **env)
+    assert await checked.wait() == 0, checked.report()
+    for variable, nearest in named.items():
+        assert f"warning  {variable} is not known; the nearest is {nearest}" in checked.stdout
+    assert "S3cr3t" not in worker.stdout + checked.stdout
 
 
 async def test_a_signal_during_the_imports_is_a_clean_stop(worker_process: WorkerStarter) -> None:

@@ -46,6 +46,21 @@ async def test_a_change_starts_the_worker_again(
     assert await dev.wait() == 0
 
 
+async def test_a_change_of_an_env_file_counts_at_the_next_start(
+    worker_process: WorkerStarter, tmp_path: Path
+) -> None:
+    for queue in ("one", "two"):
+        (tmp_path / f"{queue}.py").write_text(dedent(TASKS.format(queue=queue)))
+    env_file = tmp_path / ".env"
+    env_file.write_text("TASKS_CONFIG=one:tasks")
+    dev = worker_process(command="dev")
+    await running_queue(dev, "one")
+    env_file.write_text("TASKS_CONFIG=two:tasks")
+    await running_queue(dev, "two")
+    dev.send(signal.SIGINT)
+    assert await dev.wait() == 0
+
+
 async def test_servers_and_worker_end_with_it(worker_process: WorkerStarter) -> None:
     dev = worker_process(
         TASKS.format(queue="one"), command="dev", REDIS_URL=None, DATABASE_URL=None

@@ -1,7 +1,7 @@
 """The ``check`` command: everything that a start would refuse, without starting."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -44,15 +44,16 @@ class _Report:
         click.echo(f"{name:<12}{verdict}{pad}" + text.replace("\n", "\n" + " " * 21))
 
 
-def run_checks(**overrides: Any) -> int:
+def run_checks(env_files: Sequence[str] = (), **overrides: Any) -> int:
     """Run all checks, print each with its result, and return the exit code of the first failure.
 
     Args:
+        env_files: the files that variables were read from.
         overrides: settings from the command line, by attribute; ``None`` is none.
     """
     report = _Report()
     settings, faults = Settings.examine(**overrides)
-    report.run("settings", lambda: _settings(settings, faults))
+    report.run("settings", lambda: _settings(settings, faults, env_files))
     if "tasks_config" in faults or "worker_queues" in faults:
         report.skip("task list", "TASKS_CONFIG or WORKER_QUEUES is wrong")
     else:
@@ -68,10 +69,12 @@ def run_checks(**overrides: Any) -> int:
     return report.exit_code
 
 
-def _settings(settings: Settings, faults: dict[str, str]) -> list[str]:
+def _settings(settings: Settings, faults: dict[str, str], env_files: Sequence[str]) -> list[str]:
+    found = [str(lookalike) for lookalike in Settings.lookalikes()]
     if faults:
-        raise SettingsError(list(faults.values()))
-    return [f"NODE_ENV={settings.node_env}, key prefix {settings.bullmq_prefix!r}"]
+        raise SettingsError([*faults.values(), *found])
+    text = f"NODE_ENV={settings.node_env}, key prefix {settings.bullmq_prefix!r}"
+    return [text + "".join(f", {name} read" for name in env_files), *found]
 
 
 def _task_list(settings: Settings) -> list[str]:

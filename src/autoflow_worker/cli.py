@@ -14,6 +14,7 @@ from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+import structlog
 
 from autoflow_worker import __version__
 from autoflow_worker.errors import WorkerError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from autoflow_worker.settings import Settings
     from autoflow_worker.task import TaskDefinition
 
+log = structlog.get_logger(__name__)
+
 #: Exit code of a command that Ctrl-C ended before there was anything to stop.
 INTERRUPTED = 130
 #: Exit code of `reconcile` when there is something left to do.
@@ -36,9 +39,10 @@ EXIT_PATIENCE = 1.0
 GARBAGE_THRESHOLD = 10_000
 
 _EPILOG = """
-Settings come from the environment: REDIS_URL, DATABASE_URL, NODE_ENV, BULLMQ_PREFIX, TASKS_CONFIG,
-WORKER_QUEUES, WORKER_CONCURRENCY, WORKER_SHUTDOWN_GRACE, WORKER_STARTUP_TIMEOUT,
-DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, MAX_PAYLOAD_BYTES, LOG_LEVEL, LOG_FORMAT.
+Settings come from the environment, or from a .env file: REDIS_URL, DATABASE_URL, NODE_ENV,
+BULLMQ_PREFIX, TASKS_CONFIG, WORKER_QUEUES, WORKER_CONCURRENCY, WORKER_SHUTDOWN_GRACE,
+WORKER_STARTUP_TIMEOUT, DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, MAX_PAYLOAD_BYTES, LOG_LEVEL,
+LOG_FORMAT.
 
 Exit codes: 0 stopped cleanly, 1 a part died, 2 wrong settings or task list, 3 Redis or PostgreSQL
 unreachable or unfit at start, 4 the deadline passed and jobs were handed back, 5 reconcile left
@@ -79,6 +83,7 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
     from autoflow_worker.signals import hold_signals
 
     hold_signals()  # before the imports that take long
+    from autoflow_worker.env_files import read_env_files
     from autoflow_worker.loader import load_tasks
     from autoflow_worker.settings import Settings
 
@@ -86,8 +91,13 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
         from autoflow_worker.dev import stop_when_stdin_closes
 
         stop_when_stdin_closes()
+    env_files = read_env_files()
     settings = Settings.load(tasks_config=tasks, worker_queues=queues)
     configure_logging(settings.log_level, settings.log_format)
+    if env_files:
+        log.info("env_files_read", files=env_files)
+    for found in Settings.lookalikes():
+        log.warning("unknown_variable", **found._asdict())
     return _run_worker(settings, load_tasks(settings.tasks_config, settings.worker_queues))
 
 
@@ -157,9 +167,10 @@ def check(tasks: str | None, queues: str | None) -> int:
     The exit code is that of the first failure.
     """
     from autoflow_worker.check import run_checks
+    from autoflow_worker.env_files import read_env_files
 
     configure_logging("error")
-    return run_checks(tasks_config=tasks, worker_queues=queues)
+    return run_checks(read_env_files(), tasks_config=tasks, worker_queues=queues)
 
 
 @cli.command()
@@ -181,10 +192,12 @@ def schedule(  # noqa: PLR0917 - click passes them by name
 
     A dash in place of the JSON reads it from stdin.
     """
+    from autoflow_worker.env_files import read_env_files
     from autoflow_worker.loader import load_tasks
     from autoflow_worker.scheduler import TaskScheduler
     from autoflow_worker.settings import Settings
 
+    read_env_files()
     settings = Settings.load(tasks_config=tasks)
     [task] = load_tasks(settings.tasks_config, [queue])
     data = _json_object(sys.stdin.read() if payload == "-" else payload)
@@ -221,8 +234,10 @@ def init_db() -> int:
     In production the API's migrations do this. What is there is not changed.
     """
     from autoflow_worker import database
+    from autoflow_worker.env_files import read_env_files
     from autoflow_worker.settings import Settings
 
+    read_env_files()
     settings = Settings.load(needs={"database_url"})
     run_async(database.init_db(settings.database_url.get_secret_value()))
     click.echo("the tasks table is there")
@@ -243,11 +258,13 @@ def reconcile(fix: bool, lost: "Lost | None") -> int:
     failed job is retried in BullMQ. A row whose job is gone is left alone without --lost. The exit
     code is 5 if differences are left, and 0 if there is nothing left to do.
     """
+    from autoflow_worker.env_files import read_env_files
     from autoflow_worker.reconcile import reconcile as compare
     from autoflow_worker.reconcile_report import HEADER, Summary, line
     from autoflow_worker.redis_client import PipelinedRedis
     from autoflow_worker.settings import Settings
 
+    read_env_files()
     settings = Settings.load(needs={"redis_url", "database_url"})
     configure_logging("error")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -14,6 +14,7 @@ from watchfiles import Change, PythonFilter, awatch
 
 from autoflow_worker.database import init_db
 from autoflow_worker.embedded import embedded_postgres, embedded_redis
+from autoflow_worker.env_files import read_env_files
 from autoflow_worker.logs import configure_logging
 from autoflow_worker.settings import Settings
 from autoflow_worker.signals import stop_on_signals
@@ -22,16 +23,21 @@ from autoflow_worker.signals import stop_on_signals
 RELOAD_GRACE = "2"
 #: Seconds beyond the grace after which a worker that does not end is killed.
 KILL_AFTER = 3.0
+_WATCHED = PythonFilter(extra_extensions=(".env", ".env.local", ".env.development"))
 
 
 def run_dev(*, tasks: str | None = None, queues: str | None = None) -> int:
-    """Run the worker until a signal, starting it again at each change of a Python file.
+    """Run the worker until a signal, starting it again at each change of a Python or .env file.
 
     Raises:
         SettingsError: the settings are wrong; the URLs may be missing.
         WorkerError: the embedded servers can't be started.
     """
-    os.environ.setdefault("WORKER_SHUTDOWN_GRACE", RELOAD_GRACE)
+    # The worker reads the files by itself, so that a change of theirs counts at its next start.
+    inherited = dict(os.environ)
+    read_env_files()
+    if not os.environ.get("WORKER_SHUTDOWN_GRACE"):
+        os.environ["WORKER_SHUTDOWN_GRACE"] = inherited["WORKER_SHUTDOWN_GRACE"] = RELOAD_GRACE
     settings = Settings.load(
         tasks_config=tasks,
         worker_queues=queues,
@@ -44,7 +50,7 @@ def run_dev(*, tasks: str | None = None, queues: str | None = None) -> int:
     # The worker speaks for itself; this process only says what it does.
     configure_logging("error")
     with _servers() as urls:
-        supervisor = _Supervisor(command, os.environ | urls, settings.worker_shutdown_grace)
+        supervisor = _Supervisor(command, {**inherited, **urls}, settings.worker_shutdown_grace)
         return asyncio.run(supervisor.run())
 
 
@@ -87,7 +93,7 @@ class _Supervisor:
     async def run(self) -> int:
         """Run until a signal; return the last worker's exit code."""
         with stop_on_signals() as (stop, abort):
-            changes = awatch(self._root, watch_filter=PythonFilter(), stop_event=stop)
+            changes = awatch(self._root, watch_filter=_WATCHED, stop_event=stop)
             while True:
                 worker = await self._start()
                 changed = await self._until_change(worker, changes, stop)

@@ -1,5 +1,6 @@
 """Settings from the environment; every fault in them is reported at once."""
 
+import os
 from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -21,6 +22,7 @@ from pydantic_settings import (
 
 from autoflow_worker import connection_urls
 from autoflow_worker.errors import SettingsError
+from autoflow_worker.lookalikes import Lookalike, lookalikes
 from autoflow_worker.masking import mask_secrets
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
@@ -142,8 +144,13 @@ class Settings(BaseSettings):
         settings, faults = cls.examine(**overrides)
         counted = [fault for name, fault in faults.items() if needs is None or name in needs]
         if counted:
-            raise SettingsError(counted)
+            raise SettingsError([*counted, *map(str, cls.lookalikes())])
         return settings
+
+    @classmethod
+    def lookalikes(cls) -> list[Lookalike]:
+        """Find the variables of the environment that are nearly one of these, and so none."""
+        return lookalikes(os.environ, [name.upper() for name in cls.model_fields])
 
     @classmethod
     def examine(cls, **overrides: Any) -> tuple[Self, dict[str, str]]:

@@ -12,8 +12,8 @@ SOURCE = Path(autoflow_worker.__file__).parent
 
 # Each imports only from what stands above it.
 ORDER = """
-    errors masking connection_urls failpoints log_writer
-    settings logs
+    errors masking connection_urls lookalikes failpoints log_writer
+    settings logs env_files
     worker_options payload task loader
     digits cleaning storable failure record
     breakages handler_threads execution retry
@@ -52,7 +52,7 @@ DRIVERS = {
     "rich": {"demo_display"},
     "click": {"cli", "check", "dev"},
     "uvloop": {"cli"},
-    "pydantic_settings": {"settings"},
+    "pydantic_settings": {"settings", "env_files"},
 }
 
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))

@@ -101,6 +101,51 @@ def test_nothing_in_the_working_directory_is_read(
     assert load().worker_concurrency == 1
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "said", "nearest"),
+    [
+        ("WORKER_CONCURENCY", "5", "WORKER_CONCURENCY", "WORKER_CONCURRENCY"),
+        ("worker_concurency", "5", "worker_concurency", "WORKER_CONCURRENCY"),
+        ("REDIS_URI", "redis://:S3cr3t@h", "REDIS_URI", "REDIS_URL"),
+        ("REDIS_ULR", "redis://h", "REDIS_ULR", "REDIS_URL"),
+        ("DATABASE_POOLMAX", "5", "DATABASE_POOLMAX", "DATABASE_POOL_MAX"),
+        ("DATABSE_URL", "x", "DATABSE_URL", "DATABASE_URL"),
+        ("BULL_PREFIX", "x", "BULL_PREFIX", "BULLMQ_PREFIX"),
+        ("TASK_CONFIG", "x", "TASK_CONFIG", "TASKS_CONFIG"),
+        ("LOG_LEVL", "x", "LOG_LEVL", "LOG_LEVEL"),
+        ("WORKER_QUEUE", "x", "WORKER_QUEUE", "WORKER_QUEUES"),
+        ("NODE_ENV", "prod", "NODE_ENV=prod", "NODE_ENV=production"),
+        ("NODE_ENV", "Prodution", "NODE_ENV=prodution", "NODE_ENV=production"),
+        ("NODE_ENV", "dev", "NODE_ENV=dev", "NODE_ENV=development"),
+    ],
+)
+def test_a_variable_that_is_nearly_ours_is_named(
+    variable: str, value: str, said: str, nearest: str
+) -> None:
+    with environment(URLS | {variable: value}):
+        assert Settings.lookalikes() == [(said, nearest)]
+        Settings.load()
+    with environment({variable: value}), pytest.raises(SettingsError) as caught:
+        Settings.load()
+    told = caught.value.faults[-1]
+    assert told == f"{said} is not known; the nearest is {nearest}"
+
+
+def test_variables_of_other_software_are_not_named() -> None:
+    others = """
+        REDIS_PASSWORD REDIS_HOST REDIS_PORT REDIS_DB REDIS_USER REDIS_TLS_URL REDIS_URL_2
+        REDIS_PORT_6379_TCP REDIS_PORT_6379_TCP_ADDR REDIS_SERVICE_HOST REDIS_SERVICE_PORT
+        DATABASE_HOST DATABASE_PORT DATABASE_USER DATABASE_NAME DATABASE_PASSWORD DATABASE_URL2
+        DATABASE_URL_UNPOOLED DATABASE_POOL_MIN DATABASE_POOL_SIZE DB_URL POSTGRES_URL PGHOST
+        LOG_DIR LOG_FILE LOG_PATH LOGLEVEL LOG_COLOR RUST_LOG NPM_CONFIG_LOGLEVEL
+        NODE_OPTIONS NODE_VERSION NODE_PATH NODE_NAME NODE_IP NODE_EXTRA_CA_CERTS NODE_HOST
+        WORKER_ID WORKER_COUNT WORKER_CLASS WORKER_TIMEOUT WEB_CONCURRENCY WORKER_CONNECTIONS
+        TASK_ID TASKS_DIR QUEUE_URL QUEUES PATH HOME LANG MAX_PAYLOAD_SIZE PYTHONPATH
+    """.split()  # noqa: SIM905 - a list of words
+    with environment(URLS | dict.fromkeys(others, "x") | {"NODE_ENV": "staging"}):
+        assert Settings.lookalikes() == []
+
+
 def test_settings_can_not_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().worker_concurrency = 2  # type: ignore[misc]
