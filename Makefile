@@ -3,7 +3,11 @@ PYTHON ?= python3
 NODE_DIR := tests/node
 VENV := .venv
 BIN := $(VENV)/bin
-TASKS ?= examples.tasks_config:tasks
+# Where the user's own task list is named: by a variable, by its usual name, or in a .env file.
+ENV_FILES := .env .env.development .env.local .env.development.local
+OWN_TASKS = $(TASKS_CONFIG) $(wildcard tasks_config.py tasks_config/__init__.py) \
+	$(shell grep -Els '^ *(export +)?TASKS_CONFIG *=' $(ENV_FILES))
+TASKS ?= $(if $(strip $(OWN_TASKS)),,examples.tasks_config:tasks)
 IMAGE ?= autoflow-worker
 TESTS ?= tests
 # The tests wait for servers more than they compute, so twice as many of them as there are cores run at once.
@@ -35,11 +39,11 @@ setup: $(INSTALLED) $(NODE_INSTALLED) ## create .venv with everything
 demo: $(INSTALLED) ## run some hundred jobs of every kind on embedded servers, and check them
 	$(BIN)/autoflow-worker demo
 
-dev-worker: $(INSTALLED) ## run the worker with hot reload (TASKS=module:attribute)
-	$(BIN)/autoflow-worker dev --tasks $(TASKS)
+dev-worker: $(INSTALLED) ## run the worker with hot reload: your tasks, else the examples (TASKS=module:attribute)
+	$(BIN)/autoflow-worker dev $(if $(TASKS),--tasks $(TASKS))
 
 start-worker: $(INSTALLED) ## run the worker as in production: needs REDIS_URL, DATABASE_URL and tasks
-	$(BIN)/autoflow-worker start
+	NODE_ENV=$${NODE_ENV:-production} $(BIN)/autoflow-worker start
 
 init-db: $(INSTALLED) ## create the tasks table in DATABASE_URL if it is missing
 	$(BIN)/autoflow-worker init-db

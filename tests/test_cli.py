@@ -74,7 +74,9 @@ async def test_variables_come_from_env_files(
     task_id = await db.insert_task("mails")
     await node5.schedule("mails", task_id=task_id)
     await db.until_status(task_id, "completed")
-    assert (await db.row(task_id))["result"]["output"] == "hello"
+    result = (await db.task(task_id)).result
+    assert result is not None
+    assert result.output == "hello"
     [read] = worker.logged("env_files_read")
     assert read["files"] == [".env", ".env.local"]
     checked = worker_process(command="check", **unset)
