@@ -270,24 +270,40 @@ async def test_schedule(worker_process: WorkerStarter, db: Database, node5: Node
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "reason"),
+    ("words", "reason"),
     [
-        (["nothing", "{}"], 2, "no task in 'tasks_config:tasks' has the queue 'nothing'"),
-        (["mails", "{"], 2, "not JSON"),
-        (["mails", "[]"], 2, "must be a JSON object"),
-        (["mails", "{}", "--delay-ms", "-1"], 2, "--delay-ms"),
-        (["mails", "{}", "--delay-ms", "9999999999999999"], 2, "--delay-ms"),
-        (["mails", '{"correlationId": "x"}'], 1, "correlationId"),
+        (["nothing", "{}"], "no task in 'tasks_config:tasks' has the queue 'nothing'"),
+        (["mails", "{"], "not JSON"),
+        (["mails", "-"], "not JSON"),
+        (["mails", "[]"], "must be a JSON object"),
+        (["mails", "{}", "--delay-ms", "-1"], "--delay-ms"),
+        (["mails", "{}", "--delay-ms", "9999999999999999"], "--delay-ms"),
+        (["mails", '{"correlationId": "x"}'], "correlationId"),
     ],
 )
 async def test_schedule_refuses(
-    worker_process: WorkerStarter, db: Database, words: list[str], code: int, reason: str
+    worker_process: WorkerStarter, db: Database, words: list[str], reason: str
 ) -> None:
     worker = worker_process(GOOD_TASKS, *words, command="schedule")
-    assert await worker.wait() == code
+    assert await worker.wait() == 2
     assert reason in worker.stderr
     assert "Traceback" not in worker.stderr
     assert await db.rows() == {}
+
+
+def test_schedule_refuses_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "tasks_config.py").write_text(dedent(GOOD_TASKS))
+    done = subprocess.run(
+        [sys.executable, "-m", "autoflow_worker", "schedule", "mails", "-"],
+        cwd=tmp_path,
+        env=os.environ | {"REDIS_URL": "127.0.0.1:1", "DATABASE_URL": "postgresql://127.0.0.1:1"},
+        input=b'{"name": "\xff"}',
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert b"not JSON" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

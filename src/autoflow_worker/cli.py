@@ -44,9 +44,9 @@ BULLMQ_PREFIX, TASKS_CONFIG, WORKER_QUEUES, WORKER_CONCURRENCY, WORKER_SHUTDOWN_
 WORKER_STARTUP_TIMEOUT, DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, MAX_PAYLOAD_BYTES, LOG_LEVEL,
 LOG_FORMAT.
 
-Exit codes: 0 stopped cleanly, 1 a part died, 2 wrong settings or task list, 3 Redis or PostgreSQL
-unreachable or unfit at start, 4 the deadline passed and jobs were handed back, 5 reconcile left
-differences.
+Exit codes: 0 stopped cleanly, 1 a part died, 2 wrong use (settings, task list, arguments, a missing
+extra), 3 Redis or PostgreSQL unreachable or unfit at start, 4 the deadline passed and jobs were
+handed back, 5 reconcile left differences.
 """
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -200,7 +200,7 @@ def schedule(  # noqa: PLR0917 - click passes them by name
     read_env_files()
     settings = Settings.load(tasks_config=tasks)
     [task] = load_tasks(settings.tasks_config, [queue])
-    data = _json_object(sys.stdin.read() if payload == "-" else payload)
+    data = _json_object(payload)
     configure_logging("error")
 
     async def run() -> str:
@@ -219,7 +219,8 @@ def schedule(  # noqa: PLR0917 - click passes them by name
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        # As bytes: the locale says what a text stream makes of bytes that are not UTF-8.
+        value = json.loads(sys.stdin.buffer.read() if text == "-" and sys.stdin else text)
     except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"not JSON: {error}", param_hint="JSON") from None
     if not isinstance(value, dict):

@@ -13,7 +13,7 @@ from autoflow_worker.database import init_db
 from autoflow_worker.demo_jobs import DemoJobs, demo_jobs
 from autoflow_worker.demo_kinds import KINDS, faults
 from autoflow_worker.embedded import embedded_postgres, embedded_redis
-from autoflow_worker.errors import WorkerError
+from autoflow_worker.errors import MissingExtraError, TaskListError
 from autoflow_worker.logs import configure_logging, flush_logs
 from autoflow_worker.service import WorkerService
 from autoflow_worker.settings import Settings
@@ -40,7 +40,7 @@ def run_demo() -> int:
         0 if every job came to the end that its kind is to have, 1 if not, 130 after Ctrl-C.
 
     Raises:
-        WorkerError: what is in the extra is missing, or the worker died.
+        WorkerError: what is in the extra is missing, a server does not start, or the worker died.
     """
     # Before the first file: an interrupt in the middle of making a server would leave a part of it.
     hold_signals()
@@ -75,17 +75,14 @@ def example_tasks() -> Sequence[TaskDefinition[Any]]:
             tasks: Sequence[TaskDefinition[Any]]
             tasks = importlib.import_module("examples.tasks_config").tasks
             return tasks
-    raise WorkerError("the example tasks are missing from this installation")
+    raise TaskListError("the example tasks are missing from this installation")
 
 
 def _display() -> "Display":
     try:
         from autoflow_worker.demo_display import Display  # noqa: PLC0415 - in an extra
-    except ModuleNotFoundError as error:
-        raise WorkerError(
-            f"the demo needs {error.name}; install it with the other parts of its extra:\n"
-            "  pip install 'autoflow-worker[embedded]'"
-        ) from None
+    except ImportError as error:
+        raise MissingExtraError(f"the demo needs {error.name or error}") from None
     return Display()
 
 

