@@ -72,6 +72,21 @@ async def test_servers_and_worker_end_with_it(worker_process: WorkerStarter) -> 
     await until(lambda: not any(map(_alive, family)), message=lambda: str(family))
 
 
+async def test_a_worker_that_has_to_be_killed_is_a_death(worker_process: WorkerStarter) -> None:
+    stands_still = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+    dev = worker_process(stands_still, command="dev", WORKER_SHUTDOWN_GRACE="0")
+
+    def worker_stands() -> bool:
+        assert dev.running, dev.report()
+        workers = psutil.Process(dev.pid).children()
+        return any(worker.status() == psutil.STATUS_STOPPED for worker in workers)
+
+    await until(worker_stands, 30, message=dev.report)
+    dev.send(signal.SIGTERM)
+    assert await dev.wait() == 1
+    assert "killing it" in dev.stderr
+
+
 async def test_wrong_settings_are_told_at_once(worker_process: WorkerStarter) -> None:
     dev = worker_process(command="dev", WORKER_CONCURRENCY="many", REDIS_URL=None)
     assert await dev.wait() == 2

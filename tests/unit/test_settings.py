@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoflow_worker import connection_urls
 from autoflow_worker.errors import SettingsError
 from autoflow_worker.settings import Settings
 
@@ -362,3 +363,45 @@ def test_any_environment_gives_settings_or_one_error(
             shown = str(error) + repr(error) + repr(error.__cause__) + repr(error.__context__)
     assert SECRET not in shown
     assert shown.encode()  # can be printed
+
+
+_part = st.sampled_from(
+    [
+        *(
+            "redis://",
+            "rediss://",
+            "unix://",
+            "//",
+            "/",
+            ":",
+            "@",
+            "?",
+            "&",
+            "=",
+            "#",
+            "h",
+            "u",
+            "1",
+        ),
+        *(
+            "family=4",
+            "db=2",
+            "connectTimeout=9",
+            "tls=1",
+            "lazyConnect=1",
+            "%20",
+            "[::1]",
+            ",",
+            "é",
+        ),
+    ]
+)
+
+
+@given(st.lists(_part, max_size=12).map("".join))
+def test_what_a_redis_url_means_is_a_url_that_means_the_same(url: str) -> None:
+    try:
+        meant = connection_urls.redis_url(url)
+    except ValueError:
+        return
+    assert connection_urls.redis_url(meant) == meant
