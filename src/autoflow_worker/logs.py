@@ -38,8 +38,9 @@ _TERMINAL_CONTROLS = re.compile(
 # Made here, by processors: the level decides the colour.
 _OWN = frozenset({"level", "timestamp"})
 _QUOTED = frozenset(" =\"'")
-# Left before a cut, which would make half a URL of one: that is not recognised, and shows all.
-_SECRET_LENGTH = 1_024
+# Left before a cut, which would make half a URL of one: that is not recognised, and shows all. A
+# private key of 4096 bits has 3,300 characters.
+_SECRET_LENGTH = 4_096
 
 
 def _unconfigured(context: dict[str, Any]) -> FilteringBoundLogger:

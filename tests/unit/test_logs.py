@@ -275,6 +275,9 @@ def test_a_long_line_hides_its_passwords() -> None:
     for length in range(1900, 2100, 10):
         text = "x" * length + " redis://user:S3cr3tS3cr3t@host " + "x" * 20_000
         CONTEXT.logger.info("long", text=text)
+        key = "-----BEGIN PRIVATE KEY-----\n" + "S3cr3t\n" * 450
+        text = "x" * (length - 200) + json.dumps({"private_key": key}) + "x" * 20_000
+        CONTEXT.logger.info("long", text=text)
     assert "S3cr3t" not in lines.text
 
 
