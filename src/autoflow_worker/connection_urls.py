@@ -43,7 +43,10 @@ def redis_url(url: str) -> str:
     Raises:
         ValueError: it can't be used.
     """
-    url = _outline(_with_redis_scheme(url.strip()), {"redis", "rediss", "unix"})
+    url = _with_redis_scheme(url.strip())
+    if _names_several(url):
+        raise ValueError("Sentinel and Cluster are not supported; name one server")
+    url = _outline(url, {"redis", "rediss", "unix"})
     parts = urlsplit(url)
     socket_file = parts.scheme == "unix"
     if socket_file and not parts.path:
@@ -99,6 +102,14 @@ def _with_redis_scheme(url: str) -> str:
     return f"redis://{url}" if url and "://" not in url else url
 
 
+def _names_several(url: str) -> bool:
+    scheme, _, rest = url.partition("://")
+    if "sentinel" in scheme.lower() or "cluster" in scheme.lower():
+        return True
+    # A comma in a password or in an option is none between hosts.
+    return "," in re.split(r"[/?#]", rest.rpartition("@")[2], maxsplit=1)[0]
+
+
 def _translated(url: str, query: str, *, has_number: bool) -> str:
     scheme, _, rest = url.partition("?")[0].partition("#")[0].partition("://")
     scheme = scheme.lower()
@@ -122,7 +133,7 @@ def _translated_option(name: str, value: str) -> list[tuple[str, str]]:
     if name == "keyPrefix":
         raise ValueError("BullMQ takes no keyPrefix; set BULLMQ_PREFIX to the queues' prefix")
     if name == "sentinels":
-        raise ValueError("Sentinel is not supported; name the server itself")
+        raise ValueError("Sentinel is not supported; name one server")
     if name == "family":
         if value not in {"0", "4", "6"}:
             raise ValueError("its option family has to be 4 or 6")

@@ -197,6 +197,7 @@ def test_redis_urls(url: str) -> None:
         ("h:6379/2", "redis://h:6379/2"),
         (":pass@h:6379", "redis://:pass@h:6379"),
         ("6380", "redis://localhost:6380"),
+        (":p,w@h?client_name=a,b", "redis://:p,w@h?client_name=a%2Cb"),
         ("//h:6379", "redis://h:6379"),
         ("/run/redis.sock?db=2", "unix:///run/redis.sock?db=2"),
         ("REDIS://h", "redis://h"),
@@ -251,6 +252,10 @@ def test_redis_urls_as_ioredis_takes_them(url: str, meant: str) -> None:
         ("redis://h?keyPrefix=app:", "BULLMQ_PREFIX"),
         ("redis://h?tls=RedisCloudFixed", "rediss://"),
         ("redis://h?sentinels=h:26379", "Sentinel"),
+        ("redis-sentinel://h:26379/mymaster", "Sentinel"),
+        ("redis+cluster://h:6379", "Cluster"),
+        ("redis://u:p@h1:26379,h2:26379/0", "name one server"),
+        ("h1:6379,h2:6379", "name one server"),
     ],
 )
 def test_redis_urls_that_can_not_work(url: str, reason: str) -> None:
