@@ -2,10 +2,13 @@
 # ruff: noqa: PLC0415 - what a command needs is imported by that command: --help has to be quick
 
 import asyncio
+import atexit
 import gc
+import io
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import traceback
@@ -33,8 +36,8 @@ log = structlog.get_logger(__name__)
 INTERRUPTED = 130
 #: Exit code of `reconcile` when there is something left to do.
 DIFFERENCES_LEFT = 5
-#: Seconds that other people's exit hooks and threads have before the process ends all the same.
-EXIT_PATIENCE = 1.0
+#: Seconds for the last lines, other people's exit hooks and threads; then the process ends.
+EXIT_PATIENCE = 1.5
 #: New objects after which the worker looks for garbage that refers to itself; Python's is 700.
 GARBAGE_THRESHOLD = 10_000
 
@@ -81,8 +84,10 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
     jobs finish for WORKER_SHUTDOWN_GRACE seconds; a second signal hands them back at once.
     """
     from autoflow_worker.signals import hold_signals
+    from autoflow_worker.watchdog import leave_stacks
 
     hold_signals()  # before the imports that take long
+    leave_stacks()
     from autoflow_worker.env_files import read_env_files
     from autoflow_worker.loader import load_tasks
     from autoflow_worker.settings import Settings
@@ -102,6 +107,8 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
 
 
 def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") -> int:
+    from autoflow_worker.fork_guard import guard_forks
+    from autoflow_worker.handler_tasks import contain_tasks
     from autoflow_worker.service import WorkerService
     from autoflow_worker.signals import stop_on_signals
 
@@ -110,11 +117,36 @@ def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") ->
     gc.freeze()
     gc.set_threshold(GARBAGE_THRESHOLD)
 
-    async def run() -> int:
-        with stop_on_signals() as (stop, abort):
-            return await WorkerService(settings, tasks).run(stop, abort)
+    service = WorkerService(settings, tasks)
 
-    return run_async(run())
+    async def run() -> int:
+        loop = asyncio.get_running_loop()
+        guard_forks(loop)
+        contain_tasks(loop)
+        with stop_on_signals(settings.worker_shutdown_grace, service.tell) as (stop, abort):
+            return await service.run(stop, abort)
+
+    return _run_to_its_end(run(), service.fail)
+
+
+def _run_to_its_end(main: Coroutine[Any, Any, T], on_escape: Callable[[BaseException], None]) -> T:
+    """As `run_async`; a callback that raises `SystemExit` or its like does not end the loop.
+
+    Args:
+        on_escape: told what was raised; `main` is to end then.
+    """
+    import structlog
+
+    loop = asyncio.Runner(loop_factory=_loop_factory()).get_loop()
+    task = loop.create_task(main)
+    while True:
+        try:
+            return loop.run_until_complete(task)
+        except (SystemExit, KeyboardInterrupt) as error:
+            if task.done():
+                raise
+            structlog.get_logger(__name__).critical("event_loop_left", exc_info=error)
+            on_escape(error)
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
@@ -293,43 +325,79 @@ def reconcile(fix: bool, lost: "Lost | None") -> int:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code."""
-    _leave(_exit_code(argv))
+    code, message = _result(argv)
+    _leave(code, message)
 
 
-def _exit_code(argv: Sequence[str] | None) -> int:
+def _result(argv: Sequence[str] | None) -> tuple[int, str | None]:
+    """The exit code, and what is to be told of an error."""
     try:
         code = cli.main(args=argv, prog_name="autoflow-worker", standalone_mode=False)
     except WorkerError as error:
-        _tell(mask_secrets(str(error)))
-        return error.exit_code
+        return error.exit_code, f"autoflow-worker: {mask_secrets(str(error))}"
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return error.exit_code, _usage(error)
     except (click.Abort, KeyboardInterrupt):
-        return INTERRUPTED
+        return INTERRUPTED, None
+    except SystemExit as error:
+        words = f"foreign code called sys.exit({error.code!r}), outside of any job"
+        return WorkerError.exit_code, f"autoflow-worker: {words}"
     except Exception:
-        _tell(mask_secrets(traceback.format_exc()))
-        return WorkerError.exit_code
-    return code if isinstance(code, int) else 0
+        words = mask_secrets(traceback.format_exc())
+        return WorkerError.exit_code, f"autoflow-worker: {words}"
+    return code if isinstance(code, int) else 0, None
 
 
-def _tell(message: str) -> None:
+def _usage(error: click.ClickException) -> str:
+    """What click prints of wrong words on the command line."""
+    words = io.StringIO()
+    error.show(words)
+    return words.getvalue().rstrip()
+
+
+def _leave(code: int, message: str | None) -> NoReturn:
+    """End the process, whatever holds it: threads, exit hooks, an output that nobody reads.
+
+    The interpreter is not taken down. It would wait for a blocked output once more, where nothing
+    can end that, and a handler that still runs in a thread would meet half an interpreter.
+    """
+    _leave_after(EXIT_PATIENCE, code)
     flush_logs()
     with suppress(OSError, ValueError):
-        click.echo(f"autoflow-worker: {message}", err=True)
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process, whatever threads and exit hooks would hold it."""
-    flush_logs()
+        if message is not None:
+            click.echo(message, err=True)
+    if any(thread.name.startswith("handler of ") for thread in threading.enumerate()):
+        _end_children()
+    else:
+        with suppress(BaseException):
+            threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001
+            atexit._run_exitfuncs()  # noqa: SLF001
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    # A handler that can't be interrupted still runs: it would meet an interpreter that is half
-    # taken down.
-    if any(thread.name.startswith("handler of ") for thread in threading.enumerate()):
-        os._exit(code)
-    last_resort = threading.Timer(EXIT_PATIENCE, os._exit, [code])
+    os._exit(code)
+
+
+def _leave_after(seconds: float, code: int) -> None:
+    def leave() -> None:
+        try:
+            _end_children()
+        finally:
+            os._exit(code)
+
+    last_resort = threading.Timer(seconds, leave)
     last_resort.daemon = True
-    last_resort.start()
-    sys.exit(code)
+    try:
+        last_resort.start()
+    except RuntimeError:  # No thread can be started. A signal ends most waits of the main thread.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _end_children() -> None:
+    """End what handlers started with multiprocessing: their jobs were handed back."""
+    if "multiprocessing.process" in sys.modules:
+        from multiprocessing import active_children
+
+        for child in active_children():
+            child.terminate()

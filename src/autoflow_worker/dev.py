@@ -17,7 +17,7 @@ from autoflow_worker.env_files import read_env_files
 from autoflow_worker.errors import MissingExtraError, WorkerError
 from autoflow_worker.logs import configure_logging
 from autoflow_worker.settings import Settings
-from autoflow_worker.signals import stop_on_signals
+from autoflow_worker.signals import SAME_WITHIN, stop_on_signals
 
 try:
     from watchfiles import Change, PythonFilter, awatch
@@ -29,6 +29,8 @@ RELOAD_GRACE = "2"
 #: Seconds beyond the grace after which a worker that does not end is killed.
 KILL_AFTER = 3.0
 _WATCHED = PythonFilter(extra_extensions=(".env", ".env.local", ".env.development"))
+#: Seconds by which the worker may notice its first signal late.
+SIGNAL_LATENCY = 0.5
 
 
 def run_dev(*, tasks: str | None = None, queues: str | None = None) -> int:
@@ -139,11 +141,15 @@ class _Supervisor:
         """Stop the worker, pass a second signal on, and kill it when its time is up."""
         ended = asyncio.create_task(worker.wait())
         aborted = asyncio.create_task(abort.wait())
+        told_at = asyncio.get_running_loop().time()
         _signal(worker)
         await asyncio.wait(
             {ended, aborted}, timeout=self._kill_after, return_when=asyncio.FIRST_COMPLETED
         )
         if aborted.done() and not ended.done():
+            # Sooner, the worker would take it for the first one again.
+            again_at = told_at + SAME_WITHIN + SIGNAL_LATENCY
+            await asyncio.wait({ended}, timeout=again_at - asyncio.get_running_loop().time())
             _signal(worker)
             await asyncio.wait({ended}, timeout=KILL_AFTER)
         if not ended.done():

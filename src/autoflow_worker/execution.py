@@ -12,6 +12,7 @@ from typing import Any, Final, cast
 
 import structlog
 
+from autoflow_worker.fork_guard import Forked, end_of_child
 from autoflow_worker.handler_threads import HandlerExitError, HandlerThreads
 from autoflow_worker.task import TaskContext, TaskDefinition
 
@@ -168,7 +169,10 @@ if sys.version_info >= (3, 12):
     def _new_task(call: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """A handler that does not wait for anything has ended when this returns."""
         loop = asyncio.get_running_loop()
-        return asyncio.Task(call, loop=loop, name=name, eager_start=True)
+        handler = asyncio.Task(call, loop=loop, name=name, eager_start=True)
+        if Forked.here:
+            end_of_child()
+        return handler
 
 else:
 

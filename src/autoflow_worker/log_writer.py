@@ -1,14 +1,18 @@
 """A thread that writes log lines, so that a blocked output blocks nobody else."""
 
+import errno
 import os
 import select
 import threading
+import weakref
 from collections import deque
 from typing import IO
 
 #: Lines that may wait for a blocked output; those beyond are dropped and counted.
 MAX_WAITING_LINES = 5_000
 _BATCH = 500
+
+_writers: "weakref.WeakSet[LogWriter]" = weakref.WeakSet()
 
 
 class LogWriter:
@@ -19,9 +23,14 @@ class LogWriter:
         # Lines in order, and between them events that are set once what is before them is out.
         self._waiting: deque[str | threading.Event] = deque()
         self._dropped = 0
+        # Lines that the output refused, and whether the last one that it took was cut.
+        self._lost = 0
+        self._reason: str | None = None
+        self._torn = False
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        _writers.add(self)
 
     def msg(self, line: str) -> None:
         """Queue one line; never blocks, never raises."""
@@ -71,32 +80,79 @@ class LogWriter:
                 dropped, self._dropped = self._dropped, 0
             lines.append(f"... {dropped} log lines dropped: the output was blocked")
         if lines:
-            self._write("\n".join(lines) + "\n")
+            self._write(lines)
         for item in batch:
             if isinstance(item, threading.Event):
                 item.set()
 
-    def _write(self, text: str) -> None:
+    def _write(self, lines: list[str]) -> None:
         if self._stream is None:
             return
-        data = text.encode("utf-8", "backslashreplace")
+        told = [f"... {self._lost} log lines lost: {self._reason}"] if self._lost else []
+        # A line that was cut when the output began to refuse is ended first.
+        start = "\n" if self._torn else ""
+        data = (start + "\n".join([*told, *lines]) + "\n").encode("utf-8", "backslashreplace")
         try:
             try:
                 descriptor = self._stream.fileno()
             except (OSError, AttributeError):  # a stream in memory
                 self._stream.write(data.decode())
                 return
-            _write_all(descriptor, data)
-        except (OSError, ValueError):
-            # The reader has gone or the output is closed. Jobs matter more than their lines.
+        except ValueError:  # It was closed by whoever made it.
             self._stream = None
+            return
+        written, error = _write_all(descriptor, data)
+        if error is None:
+            self._lost, self._torn = 0, False
+            return
+        if error.errno == errno.EBADF:
+            # Somebody closed the descriptor: what has its number next may be a connection.
+            self._stream = None
+            return
+        # The disk is full, or the reader has gone. Jobs matter more than their lines; the next
+        # batch tries again.
+        out = _lines_in(written - len(start), [*told, *lines])
+        if out:
+            self._lost = 0 if told else self._lost
+        self._lost += len(lines) - max(out - len(told), 0)
+        self._reason = error.strerror
+        self._torn = data[written - 1 : written] != b"\n" if written else self._torn
+
+    def forget(self) -> None:
+        """In a forked child: what waits is the parent's to write, and so was the thread."""
+        self._waiting.clear()
+        self._wake, self._lock = threading.Event(), threading.Lock()
+        self._thread = None
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
+def _write_all(descriptor: int, data: bytes) -> tuple[int, OSError | None]:
+    """Write as much as the output takes: how many bytes, and why not all."""
+    written = 0
+    while written < len(data):
         try:
-            view = view[os.write(descriptor, view) :]
+            written += os.write(descriptor, memoryview(data)[written:])
         except BlockingIOError:
             # Another process that shares the pipe made it non-blocking.
             select.select([], [descriptor], [], 1.0)
+        except OSError as error:
+            return written, error
+    return written, None
+
+
+def _lines_in(size: int, lines: list[str]) -> int:
+    """How many of the lines are in so many bytes, whole."""
+    count = 0
+    for line in lines:
+        size -= len(line.encode("utf-8", "backslashreplace")) + 1
+        if size < 0:
+            break
+        count += 1
+    return count
+
+
+def _in_child() -> None:
+    for writer in _writers:
+        writer.forget()
+
+
+os.register_at_fork(after_in_child=_in_child)

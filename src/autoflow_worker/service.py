@@ -1,7 +1,7 @@
 """The whole worker: open everything, run, drain, close everything. Start reading here."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -18,6 +18,7 @@ from autoflow_worker.fitness import assess_redis
 from autoflow_worker.job_queue import JobQueue
 from autoflow_worker.recorder import StatusRecorder
 from autoflow_worker.redis_client import PipelinedRedis
+from autoflow_worker.running_jobs import running_jobs
 from autoflow_worker.settings import Settings
 from autoflow_worker.task import TaskDefinition
 from autoflow_worker.task_worker import TaskWorker
@@ -54,6 +55,7 @@ class WorkerService:
         self._redis: PipelinedRedis | None = None
         self._recorder: StatusRecorder | None = None
         self._workers: list[TaskWorker] = []
+        self._failure: asyncio.Future[None] | None = None
 
     async def run(self, stop: asyncio.Event, abort: asyncio.Event) -> int:
         """Work until `stop` is set; `abort` cuts the drain short.
@@ -64,22 +66,46 @@ class WorkerService:
         Raises:
             WorkerError: it could not start, or a part of it died; everything is closed then.
         """
+        self._failure = asyncio.get_running_loop().create_future()
         try:
             if not await self._open_unless(stop):
+                self._raise_dead([])
                 return EXIT_CLEAN
             self._start()
             await self._watch(stop)
             cut_off = await self._drain(abort)
         finally:
             await self._close()
+        self._raise_dead([])
         return EXIT_HANDED_BACK if cut_off else EXIT_CLEAN
+
+    def fail(self, error: BaseException) -> None:
+        """Close everything, as when a part has died: foreign code ended the event loop.
+
+        Has an effect once `run` runs, which then raises `PartDiedError`.
+        """
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
+            self._failure.exception()  # Whether or not somebody waits for it.
+
+    def tell(self) -> None:
+        """Log what runs."""
+        jobs = [
+            job
+            for worker in self._workers
+            for job in running_jobs(worker.task.queue_name, worker.slots)
+        ]
+        log.warning("running", jobs=len(jobs), asyncio_tasks=len(asyncio.all_tasks()))
+        for job in jobs:
+            log.warning("running_job", **job)
 
     async def _open_unless(self, stop: asyncio.Event) -> bool:
         """Connect to everything; give it up, and return False, when it is to stop already."""
         opening: asyncio.Future[Any] = asyncio.ensure_future(self._open())
         stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
         try:
-            await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
+            waited_for = [opening, stopping, *([self._failure] if self._failure else [])]
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
             if opening.done():
                 opening.result()
             return opening.done()
@@ -130,15 +156,32 @@ class WorkerService:
         Raises:
             PartDiedError: a part ended unasked.
         """
-        assert self._redis is not None
-        assert self._recorder is not None
+        assert self._failure is not None
         stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
-        parts: list[asyncio.Future[Any]] = [*self._recorder.deaths(), *self._redis.deaths()]
-        parts += [part for worker in self._workers for part in worker.deaths()]
+        parts = self._parts()
         try:
-            await asyncio.wait([stopping, *parts], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [stopping, self._failure, *parts], return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
             stopping.cancel()
+        self._raise_dead(parts)
+
+    def _parts(self) -> list[asyncio.Future[Any]]:
+        """What never ends while the service works."""
+        assert self._redis is not None
+        assert self._recorder is not None
+        parts: list[asyncio.Future[Any]] = [*self._recorder.deaths(), *self._redis.deaths()]
+        return parts + [part for worker in self._workers for part in worker.deaths()]
+
+    def _raise_dead(self, parts: Collection[asyncio.Future[Any]]) -> None:
+        if self._failure is not None and self._failure.done():
+            error = self._failure.exception()
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise PartDiedError(
+                f"code outside of any job ended the event loop by {reason}; a callback that a "
+                "handler left there, as a rule. The log has the traceback"
+            )
         for part in parts:
             if part.done():
                 raise PartDiedError(f"{_name_of(part)} ended unasked: {_reason_of(part)}")
@@ -153,18 +196,36 @@ class WorkerService:
         for worker in self._workers:
             worker.stop()
         aborted: asyncio.Future[Any] = asyncio.ensure_future(abort.wait())
-        drained = asyncio.ensure_future(self._drained())
-        await asyncio.wait(
-            [aborted, drained],
-            timeout=self._settings.worker_shutdown_grace,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        aborted.cancel()
-        if not drained.done():
-            log.warning("drain_cut_short", aborted=abort.is_set())
+        drained: asyncio.Future[Any] = asyncio.ensure_future(self._drained())
+        died = self._first_death()
+        try:
+            await asyncio.wait(
+                [aborted, drained, died],
+                timeout=self._settings.worker_shutdown_grace,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if died.done():
+                self._raise_dead([died.result()])
+            if not drained.done():
+                log.warning("drain_cut_short", aborted=abort.is_set())
+        finally:
+            aborted.cancel()
             drained.cancel()
             await asyncio.wait([drained])
         return await self._close_workers()
+
+    def _first_death(self) -> asyncio.Future[asyncio.Future[Any]]:
+        """The first part that fails while the slots end, one after the other, as they should."""
+        assert self._failure is not None
+        first: asyncio.Future[asyncio.Future[Any]] = asyncio.get_running_loop().create_future()
+
+        def notice(part: asyncio.Future[Any]) -> None:
+            if not first.done() and (part.cancelled() or part.exception() is not None):
+                first.set_result(part)
+
+        for part in (self._failure, *self._parts()):
+            part.add_done_callback(notice)
+        return first
 
     async def _drained(self) -> None:
         await asyncio.gather(*(worker.drained() for worker in self._workers))

@@ -1,72 +1,244 @@
-"""SIGTERM and SIGINT as events: the first asks to stop, a second to stop at once."""
+"""Signals as requests: stop, stop at once, tell what runs.
+
+| signal | does |
+|---|---|
+| SIGTERM, SIGINT | stop; when it comes again a second later or more: stop at once |
+| SIGHUP, SIGQUIT | stop |
+| SIGUSR1 | print the stacks of all threads, and what runs |
+| SIGUSR2 | nothing |
+"""
 
 import asyncio
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum
+from functools import cache
 from types import FrameType
+from typing import Final
 
 import structlog
 
+from autoflow_worker import watchdog
+
 log = structlog.get_logger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_OR_ABORT: Final = (signal.SIGTERM, signal.SIGINT)
+STOP: Final = (signal.SIGHUP, signal.SIGQUIT)
+TELL: Final = signal.SIGUSR1
+IGNORED: Final = signal.SIGUSR2
+SIGNALS: Final = (*STOP_OR_ABORT, *STOP, TELL, IGNORED)
 
-# Signals that came before there was a loop to take them.
-_early: list[int] = []
+SAME_WITHIN: Final = 1.0
+"""Seconds in which a further signal is the same request: make and supervisors signal a whole
+process group, and each process passes the signal on to the next."""
+
+EARLY_GRACE: Final = 25.0
+"""Seconds that the imports may go on after a signal."""
+
+BEAT: Final = 0.5
+"""Seconds after which a loop that turns puts its end off, once its deadline has passed."""
+
+
+class Request(Enum):
+    """What a signal asks for."""
+
+    STOP = "stop"
+    SAME = "the same as the last"
+    ABORT = "abort"
+    TELL = "tell"
+    NOTHING = "nothing"
+
+
+class Requests:
+    """Makes requests of signals."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+        self._since = 0.0
+
+    def of(self, number: int, now: float) -> Request:
+        """What this signal asks for, after those before.
+
+        Args:
+            number: the signal.
+            now: seconds of a clock that never goes back.
+        """
+        if number == TELL:
+            return Request.TELL
+        if number == IGNORED:
+            return Request.NOTHING
+        if not self.stopping:
+            self.stopping = True
+            self._since = now
+            return Request.STOP
+        if number in STOP or now - self._since < SAME_WITHIN:
+            return Request.SAME
+        return Request.ABORT
+
+
+class _Held:
+    """Signals that came before there was a loop to take them."""
+
+    requests = Requests()
+    first: int | None = None
 
 
 def hold_signals() -> None:
-    """Remember the first signal for ``stop_on_signals``; a second one ends the process.
+    """Remember a request to stop for ``stop_on_signals``; a second one ends the process.
 
     Without it, a SIGTERM during the imports would end the process as killed, though nothing runs
     yet that could be lost.
     """
+    _register()
     for number in SIGNALS:
         signal.signal(number, _hold)
+    watchdog.print_stacks_on(TELL)
 
 
 def _hold(number: int, _frame: FrameType | None) -> None:
-    if _early:
+    now = time.monotonic()
+    request = _Held.requests.of(number, now)
+    if request is Request.STOP:
+        _Held.first = number
+        watchdog.end_at(now + EARLY_GRACE + watchdog.PATIENCE)
+    elif request is Request.ABORT:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
-    _early.append(number)
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
-    """Yield two events: ``stop`` is set by the first SIGTERM or SIGINT, ``abort`` by the next.
+def stop_on_signals(
+    grace: float | None = None, tell: Callable[[], None] | None = None
+) -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
+    """Yield two events: ``stop`` is set by the first signal, ``abort`` by a later one.
 
-    Has to be entered in the main thread, where the event loop runs. asyncio's traps:
+    Has to be entered in the main thread, where the event loop runs. The traps:
 
-    - A handler of ``signal.signal`` runs between any two bytecodes, in the middle of the loop's own
-      code, and can't wake the loop; one of ``add_signal_handler`` runs as a callback. It does so
-      only while the loop turns: a handler that blocks the loop also holds the signals up.
+    - A handler of ``add_signal_handler`` runs only when the loop turns; one of ``signal.signal``
+      runs in a blocked loop too, unless that is deep in foreign C, in the middle of anything. So
+      the latter only takes the time and arms the watchdog, and has the loop do the rest.
     - ``asyncio.Runner`` cancels the main task on SIGINT, unless SIGINT has another handler than
       Python's default; ours replaces its for as long as this lasts.
-    - ``remove_signal_handler`` does not bring back what was there before, but Python's defaults.
+    - A signal that is ignored, rather than handled, would be ignored by every program that a
+      handler starts.
+
+    Args:
+        grace: seconds from the signal to the deadline. A loop that is blocked `watchdog.PATIENCE`
+            past that ends the process. None: it may be blocked for ever.
+        tell: called by the loop at SIGUSR1.
     """
-    loop = asyncio.get_running_loop()
-    stop, abort = asyncio.Event(), asyncio.Event()
-
-    def on_signal(number: int) -> None:
-        name = signal.Signals(number).name
-        if stop.is_set():
-            log.warning("second_signal_received", signal=name)
-            abort.set()
-        else:
-            log.info("signal_received", signal=name)
-            stop.set()
-
+    _register()
+    taker = _Taker(asyncio.get_running_loop(), grace, tell)
     previous = {number: signal.getsignal(number) for number in SIGNALS}
+    watchdog.stop_printing_on(TELL)
     for number in SIGNALS:
-        loop.add_signal_handler(number, on_signal, number)
-    while _early:
-        on_signal(_early.pop())
+        signal.signal(number, taker.on_signal)
+    watchdog.print_stacks_on(TELL)
+    if _Held.first is not None:
+        taker.on_held(_Held.requests, _Held.first)
     try:
-        yield stop, abort
+        yield taker.stop, taker.abort
     finally:
+        taker.close()
+        watchdog.stop_printing_on(TELL)
+        _Held.requests, _Held.first = Requests(), None
         for number, handler in previous.items():
-            loop.remove_signal_handler(number)
             # None: a handler that was not installed from Python, and can't be brought back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+class _Taker:
+    """Takes signals while a loop runs."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        grace: float | None,
+        tell: Callable[[], None] | None,
+    ) -> None:
+        self.stop, self.abort = asyncio.Event(), asyncio.Event()
+        self._loop = loop
+        self._grace = grace
+        self._tell = tell
+        self._requests = Requests()
+        self._deadline = 0.0
+        self._beat: asyncio.TimerHandle | None = None
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """The handler: runs in the main thread, in the middle of anything."""
+        now = time.monotonic()
+        request = self._requests.of(number, now)
+        if request is Request.STOP:
+            self._arm(now + (self._grace or 0.0))
+        elif request is Request.ABORT:
+            self._arm(now)
+        # RuntimeError: the loop is closed.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._take, number, request)
+
+    def on_held(self, requests: Requests, number: int) -> None:
+        """Go on with what was asked before there was a loop."""
+        self._requests = requests
+        self._arm(time.monotonic() + (self._grace or 0.0))
+        self._take(number, Request.STOP)
+
+    def close(self) -> None:
+        if self._beat is not None:
+            self._beat.cancel()
+        self._grace = None
+        watchdog.call_off()
+
+    def _arm(self, deadline: float) -> None:
+        if self._grace is None:
+            return
+        self._deadline = deadline
+        watchdog.end_at(deadline + watchdog.PATIENCE)
+
+    def _take(self, number: int, request: Request) -> None:
+        name = signal.Signals(number).name
+        match request:
+            case Request.STOP:
+                log.info("signal_received", signal=name)
+                self.stop.set()
+                self._keep_alive()
+            case Request.ABORT:
+                log.warning("second_signal_received", signal=name)
+                self.abort.set()
+            case Request.SAME:
+                log.info("signal_repeated", signal=name)
+            case Request.NOTHING:
+                log.info("signal_ignored", signal=name)
+            case Request.TELL:
+                log.info("signal_received", signal=name)
+                if self._tell is not None:
+                    self._tell()
+
+    def _keep_alive(self) -> None:
+        """A loop that turns past the deadline is not blocked: whoever closes has own limits."""
+        if self._grace is None:
+            return
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            watchdog.end_at(time.monotonic() + watchdog.PATIENCE)
+        self._beat = self._loop.call_later(BEAT, self._keep_alive)
+
+
+@cache
+def _register() -> None:
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def _in_child() -> None:
+    """A signal to a forked child is the child's, which has neither our loop nor our handlers.
+
+    Its wake-up descriptor is the parent's: a signal to the child would reach the parent's loop.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        handler = signal.getsignal(number)
+        if handler is _hold or isinstance(getattr(handler, "__self__", None), _Taker):
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)

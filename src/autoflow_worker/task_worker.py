@@ -8,6 +8,7 @@ BullMQ is told. A crash in between runs the job again, and never leaves a row th
 
 import asyncio
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 from uuid import uuid4
@@ -101,6 +102,11 @@ class TaskWorker:
         self._limit = TimeLimit(task.options.timeout_ms)
         self._slots: list[asyncio.Task[None]] = []
         self._keepers: list[asyncio.Task[None]] = []
+
+    @property
+    def slots(self) -> Sequence[asyncio.Task[None]]:
+        """One task for each place; it waits for, or has, one job at a time."""
+        return self._slots
 
     # -- life ------------------------------------------------------------------------------------
 

@@ -1,9 +1,11 @@
 """Signals, sent to real processes: what runs is finished, or handed back; never dropped."""
 
 import signal
+import time
 
 import pytest
 
+from autoflow_worker.signals import SAME_WITHIN
 from tests.support.api import Api
 from tests.support.process import WorkerProcess, WorkerStarter
 from tests.support.until import until
@@ -120,14 +122,51 @@ async def test_the_next_worker_runs_a_job_that_was_handed_back(
     assert "attempt 1" in second.stdout
 
 
+@pytest.mark.parametrize("sig", [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2])
+async def test_no_signal_cuts_a_job_off(
+    worker_process: WorkerStarter, api: Api, sig: signal.Signals
+) -> None:
+    worker = worker_process(TASKS, **GRACE)
+    task_id = await running_job(api, worker, 1)
+    worker.send(sig)
+    await until(lambda: sig.name in worker.stdout, message=worker.report)
+    await api.until_both_say(QUEUE, task_id, "completed")
+    if sig in (signal.SIGUSR1, signal.SIGUSR2):
+        assert worker.running
+        worker.terminate()
+    assert await worker.wait() == 0, worker.report()
+
+
+async def test_usr1_tells_what_runs(worker_process: WorkerStarter, api: Api) -> None:
+    worker = worker_process(TASKS)
+    ids = {
+        await running_job(api, worker, LONG),
+        await running_job(api, worker, LONG, "threads"),
+    }
+    worker.send(signal.SIGUSR1)
+    await until(lambda: len(worker.logged("running_job")) == 2, message=worker.report)
+    jobs = {job["queue"]: job for job in worker.logged("running_job")}
+    assert {job["task_id"] for job in jobs.values()} == ids
+    assert all(job["seconds"] >= 0 and job["attempt"] == 1 for job in jobs.values())
+    handler, asleep, *_ = jobs[QUEUE]["stack"]
+    assert "tasks_config.py" in handler
+    assert "await asyncio.sleep(seconds)" in asleep
+    # The stacks of threads are on stderr.
+    assert "in in_a_thread" in worker.stderr
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-async def test_a_second_signal_hands_back_at_once(
+async def test_a_signal_that_comes_again_later_hands_back_at_once(
     worker_process: WorkerStarter, api: Api, second: signal.Signals
 ) -> None:
     worker = worker_process(TASKS, **GRACE)
     task_id = await running_job(api, worker, LONG)
     worker.terminate()
     await worker.until_logged("worker_stopping")
+    stopped_at = time.monotonic()
+    worker.send(second)  # of a supervisor that signals the whole process group
+    await worker.until_logged("signal_repeated")
+    await until(lambda: time.monotonic() > stopped_at + SAME_WITHIN)
     assert worker.running
     assert await api.db.status(task_id) == "active"
     worker.send(second)

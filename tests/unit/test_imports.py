@@ -12,14 +12,14 @@ SOURCE = Path(autoflow_worker.__file__).parent
 
 # Each imports only from what stands above it.
 ORDER = """
-    errors masking connection_urls lookalikes failpoints log_writer
+    errors masking connection_urls lookalikes failpoints log_writer fork_guard watchdog
     settings logs env_files
     worker_options payload task loader
     digits cleaning storable failure record
-    breakages handler_threads execution retry
+    breakages handler_threads execution handler_tasks retry
     writes row_statements refusals postgres_link recorder_lane recorder database
     redis_channel redis_client fitness queue_scripts script_guard claim completion job_queue
-    fetcher keepers held_outcomes job_history job_run task_worker
+    fetcher keepers held_outcomes job_history job_run running_jobs task_worker
     new_rows scheduler
     signals service
     kept_job reconcile_plan reconcile_report reconcile

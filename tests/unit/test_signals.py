@@ -3,11 +3,35 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from autoflow_worker.signals import SIGNALS, hold_signals, stop_on_signals
+from autoflow_worker.signals import (
+    SAME_WITHIN,
+    SIGNALS,
+    STOP,
+    STOP_OR_ABORT,
+    Request,
+    Requests,
+    hold_signals,
+    stop_on_signals,
+)
 from tests.support.until import until
+
+
+async def until_a_second_later(since: float) -> None:
+    await until(lambda: time.monotonic() > since + SAME_WITHIN)
+
+
+@pytest.mark.parametrize("number", [*STOP_OR_ABORT, *STOP])
+async def test_the_first_stops(number: signal.Signals) -> None:
+    with stop_on_signals() as (stop, abort):
+        os.kill(os.getpid(), number)
+        await until(stop.is_set)
+        assert not abort.is_set()
 
 
 @pytest.mark.parametrize(
@@ -16,18 +40,70 @@ from tests.support.until import until
         (signal.SIGTERM, signal.SIGTERM),
         (signal.SIGINT, signal.SIGTERM),
         (signal.SIGTERM, signal.SIGINT),
+        (signal.SIGHUP, signal.SIGTERM),
     ],
 )
-async def test_the_first_stops_and_the_second_aborts(
-    first: signal.Signals, second: signal.Signals
-) -> None:
+async def test_one_that_comes_later_aborts(first: signal.Signals, second: signal.Signals) -> None:
     with stop_on_signals() as (stop, abort):
         os.kill(os.getpid(), first)
         await until(stop.is_set)
+        stopped_at = time.monotonic()
+        os.kill(os.getpid(), second)  # of a supervisor that signals the whole group
+        await until_a_second_later(stopped_at)
         assert not abort.is_set()
         os.kill(os.getpid(), second)
         await until(abort.is_set)
         os.kill(os.getpid(), second)
+
+
+@pytest.mark.parametrize("loop", ["asyncio.new_event_loop", "uvloop.new_event_loop"])
+async def test_each_signal_on_each_loop(loop: str) -> None:
+    code = (
+        "import asyncio, os, signal, uvloop\n"
+        "from autoflow_worker.signals import stop_on_signals\n"
+        "async def main():\n"
+        "    told = asyncio.Event()\n"
+        "    with stop_on_signals(60, told.set) as (stop, abort):\n"
+        "        os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "        os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "        await told.wait()\n"
+        "        assert not stop.is_set()\n"
+        "        os.kill(os.getpid(), signal.SIGQUIT)\n"
+        "        os.kill(os.getpid(), signal.SIGHUP)\n"
+        "        await stop.wait()\n"
+        "        assert not abort.is_set()\n"
+        "        return 7\n"
+        f"with asyncio.Runner(loop_factory={loop}) as runner:\n"
+        "    raise SystemExit(runner.run(main()))"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, stderr=subprocess.PIPE
+    )
+    _, stacks = await process.communicate()
+    assert process.returncode == 7, stacks
+    assert b"most recent call first" in stacks
+    assert b"in main" in stacks
+
+
+TIMES = st.lists(st.tuples(st.sampled_from(SIGNALS), st.floats(0, 5)), max_size=8)
+
+
+@given(TIMES)
+def test_what_signals_ask_for(signals: list[tuple[signal.Signals, float]]) -> None:
+    requests, now = Requests(), 0.0
+    stopped_at: float | None = None
+    for number, pause in signals:
+        now += pause
+        request = requests.of(number, now)
+        if number in (signal.SIGUSR1, signal.SIGUSR2):
+            assert request in (Request.TELL, Request.NOTHING)
+        elif stopped_at is None:
+            assert request is Request.STOP
+            stopped_at = now
+        else:
+            late = now - stopped_at >= SAME_WITHIN
+            aborts = late and number in (signal.SIGTERM, signal.SIGINT)
+            assert request is (Request.ABORT if aborts else Request.SAME)
 
 
 async def test_the_old_handlers_come_back() -> None:
@@ -60,18 +136,22 @@ async def test_an_early_signal_is_not_lost() -> None:
             signal.signal(number, handler)
 
 
-def test_a_second_early_signal_ends_the_process() -> None:
+def test_early_signals_obey_the_same_rules() -> None:
     code = (
-        "import os, signal\n"
+        "import os, signal, time\n"
         "from autoflow_worker.signals import hold_signals\n"
         "hold_signals()\n"
-        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM):\n"
+        "    os.kill(os.getpid(), number)\n"
         "print('alive', flush=True)\n"
+        "time.sleep(1.1)\n"
+        "os.kill(os.getpid(), signal.SIGQUIT)\n"
+        "print('still', flush=True)\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "print('never')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "alive\n"
+    assert done.stdout == "alive\nstill\n"
     assert done.returncode == -signal.SIGTERM
 
 
@@ -94,9 +174,10 @@ async def test_the_main_task_is_not_cancelled(loop: str) -> None:
         sys.executable, "-c", code, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
-    for word in (b"ready", b"stop"):
-        async for line in process.stdout:
-            if line.strip() == word:
-                break
-        process.send_signal(signal.SIGINT)
+    async for line in process.stdout:
+        if line.strip() == b"ready":
+            process.send_signal(signal.SIGINT)
+        if line.strip() == b"stop":
+            await until_a_second_later(time.monotonic())
+            process.send_signal(signal.SIGINT)
     assert await process.wait() == 7
