@@ -11,8 +11,9 @@
 import asyncio
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import cache
@@ -226,15 +227,34 @@ class _Taker:
         self._beat = self._loop.call_later(BEAT, self._keep_alive)
 
 
+class _Fork(threading.local):
+    """The signals that the thread which forks had blocked before."""
+
+    blocked: Iterable[int] = ()
+
+
+_fork = _Fork()
+
+
 @cache
 def _register() -> None:
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
+
+
+def _before_fork() -> None:
+    # A signal to a child that does not have its own handlers yet would be lost, and its byte would
+    # go to the parent's loop.
+    _fork.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork.blocked)
 
 
 def _in_child() -> None:
     """A signal to a forked child is the child's, which has neither our loop nor our handlers.
 
-    Its wake-up descriptor is the parent's: a signal to the child would reach the parent's loop.
+    Its wake-up descriptor is the parent's: a signal to the child would wake the parent's loop.
     """
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
@@ -242,3 +262,4 @@ def _in_child() -> None:
         if handler is _hold or isinstance(getattr(handler, "__self__", None), _Taker):
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, default)
+    _after_fork()

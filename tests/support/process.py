@@ -23,9 +23,11 @@ class WorkerProcess:
 
     Attributes:
         process: the process; its exit code after the end.
+        folder: holds what it prints; its parent is the process's working directory.
     """
 
     def __init__(self, arguments: list[str], env: Mapping[str, str], folder: Path) -> None:
+        self.folder = folder
         self._stdout, self._stderr = folder / "stdout", folder / "stderr"
         with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
             self.process = subprocess.Popen(
