@@ -6,6 +6,7 @@ import select
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import IO
 
 #: Lines that may wait for a blocked output; those beyond are dropped and counted.
@@ -61,8 +62,10 @@ class LogWriter:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+                with suppress(RuntimeError):  # No thread can be started now; the next line tries.
+                    thread.start()
+                    self._thread = thread
 
     def _run(self) -> None:
         while True:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from autoflow_worker import TaskContext, define_task
+from autoflow_worker import TaskContext, TaskOptions, define_task, record
 from autoflow_worker.errors import PartDiedError
+from autoflow_worker.execution import execute
 from autoflow_worker.recorder import StatusRecorder
+from autoflow_worker.running_jobs import waiting_frames
 from autoflow_worker.writes import Write
 from tests.support.api import Api
 from tests.support.node import Node
@@ -144,3 +146,51 @@ async def test_the_process_exits_with_1_and_the_reason(
     assert "the lock renewal of q ended unasked: it was cancelled" in worker.stderr
     await api.db.until_status(task_id, "pending")
     assert worker.logged("job_handed_back")
+
+
+@pytest.mark.parametrize("part", PARTS)
+async def test_a_part_that_dies_while_draining_ends_the_wait(
+    run_worker: RunWorker, api: Api, part: str
+) -> None:
+    task_id = await api.schedule(QUEUE)
+    tasks = [define_task(QUEUE, hang, TaskOptions(timeout_ms=None))]
+    async with run_worker(tasks, worker_concurrency=2, worker_shutdown_grace=3600.0) as worker:
+        await api.until_both_say(QUEUE, task_id, "active")
+        running = next(slot for slot in worker.service._workers[0].slots if waits_for_hang(slot))
+        if part.startswith("slot"):
+            # The other one ends by itself, as it should.
+            part = running.get_name()
+        worker.stopping.set()
+        await until(lambda: all(part._fetcher.stopping for part in worker.service._workers))
+        end(part)
+        death = await worker.death()
+    assert isinstance(death, PartDiedError)
+    assert str(death) == f"{part} ended unasked: it was cancelled"
+    assert await api.node.get_state(QUEUE, task_id) == "delayed"
+
+
+def waits_for_hang(slot: asyncio.Task[None]) -> bool:
+    return any(frame.f_code is execute.__code__ for frame in waiting_frames(slot.get_coro()))
+
+
+async def test_reconnecting_to_redis_that_dies_while_draining_ends_the_wait(
+    redis_url: str, run_worker: RunWorker, node5: Node, api: Api
+) -> None:
+    def connectors() -> list[asyncio.Task[Any]]:
+        tasks = asyncio.all_tasks()
+        return [task for task in tasks if "Channel._reconnect" in str(task.get_coro())]
+
+    tasks = [define_task(QUEUE, hang, TaskOptions(timeout_ms=None))]
+    async with (
+        Proxy(redis_url) as proxy,
+        run_worker(tasks, redis_url=proxy.url, worker_shutdown_grace=3600.0) as worker,
+    ):
+        task_id = await api.schedule(QUEUE)
+        await api.until_both_say(QUEUE, task_id, "active")
+        worker.stopping.set()
+        await proxy.refuse()
+        proxy.cut()
+        for connector in await until(connectors):
+            connector.cancel()
+        death = await worker.death()
+    assert str(death) == "the connection to Redis ended unasked: it was cancelled"

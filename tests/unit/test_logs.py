@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -339,13 +340,52 @@ async def test_a_blocked_output_blocks_nobody(pipe: Pipe) -> None:
     assert sum(dropped) + len(text) - len(dropped) - 1 == lines
 
 
-def test_an_output_without_reader_is_given_up(pipe: Pipe) -> None:
-    os.close(pipe.reader)
-    writer = LogWriter(pipe.stream)
-    writer.msg("one")
-    assert writer.flush(10)
-    writer.msg("two")
-    assert writer.flush(10)
+def test_an_output_whose_reader_comes_back_is_used_again(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with fifo.open("w") as stream:
+        writer = LogWriter(stream)
+        writer.msg("zero")
+        assert writer.flush(20)
+        os.close(reader)
+        for line in ("one", "two"):
+            writer.msg(line)
+            assert writer.flush(20)
+        with fifo.open("rb", buffering=0) as file:
+            writer.msg("three")
+            assert writer.flush(20)
+            expected = b"... 2 log lines lost: Broken pipe\nthree\n"
+            # What a pipe still held goes with its reader.
+            assert file.read(1000).endswith(expected)
+
+
+def test_a_full_disk_that_has_room_again_is_used_again(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    code = (
+        "import resource, sys\n"
+        "from autoflow_worker.log_writer import LogWriter\n"
+        "writer = LogWriter(open(sys.argv[1], 'w'))\n"
+        "def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))\n"
+        "def say(line):\n"
+        "    writer.msg(line)\n"
+        "    assert writer.flush(20)\n"
+        "limit(10)\n"
+        "say('before')\n"
+        "say('torn')\n"
+        "say('lost')\n"
+        "limit(-1)\n"
+        "say('after')\n"
+        "say('last')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+    assert path.read_text().splitlines() == [
+        "before",
+        "tor",
+        "... 2 log lines lost: File too large",
+        "after",
+        "last",
+    ]
 
 
 def test_a_closed_output_is_given_up() -> None:
