@@ -315,6 +315,7 @@ def test_schedule_refuses_bytes_that_are_no_text(tmp_path: Path) -> None:
         (["strat"], 2, "Did you mean"),
         (["start", "--nothing"], 2, "--nothing"),
         (["schedule"], 2, "Missing argument"),
+        ([], 2, "Commands:"),
     ],
 )
 def test_words_on_the_command_line(arguments: list[str], code: int, text: str) -> None:

@@ -81,7 +81,8 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
     """Run the worker, as in production.
 
     Needs REDIS_URL, DATABASE_URL and a task list. Runs until SIGTERM or SIGINT, then lets running
-    jobs finish for WORKER_SHUTDOWN_GRACE seconds; a second signal hands them back at once.
+    jobs finish for WORKER_SHUTDOWN_GRACE seconds; another signal, at least a second later, hands
+    them back at once. SIGUSR1 prints what runs.
     """
     from autoflow_worker.signals import hold_signals
     from autoflow_worker.watchdog import leave_stacks
