@@ -1,11 +1,14 @@
 """The dev command: embedded servers, hot reload, and an end that leaves nothing behind."""
 
 import signal
+import time
 from pathlib import Path
 from textwrap import dedent
 
 import psutil
 
+from autoflow_worker.signals import SAME_WITHIN
+from tests.support.api import Api
 from tests.support.process import WorkerProcess, WorkerStarter
 from tests.support.until import until
 
@@ -85,6 +88,37 @@ async def test_a_worker_that_has_to_be_killed_is_a_death(worker_process: WorkerS
     dev.send(signal.SIGTERM)
     assert await dev.wait() == 1
     assert "killing it" in dev.stderr
+
+
+async def test_a_signal_and_a_later_one_are_passed_on(
+    worker_process: WorkerStarter, api: Api
+) -> None:
+    dev = worker_process(
+        """
+        import asyncio
+        from autoflow_worker import TaskOptions, define_task
+
+        async def handler(payload, ctx):
+            await asyncio.sleep(600)
+
+        tasks = [define_task("one", handler, TaskOptions(timeout_ms=None))]
+        """,
+        command="dev",
+        WORKER_SHUTDOWN_GRACE="600",
+    )
+    task_id = await api.schedule("one", {})
+    await until(lambda: dev.logged("worker_started"), 30, message=dev.report)
+    await api.until_both_say("one", task_id, "active")
+    dev.send(signal.SIGINT)
+    dev.send(signal.SIGTERM)  # of make, which got it as well
+    await until(lambda: dev.logged("worker_stopping"), message=dev.report)
+    stopped_at = time.monotonic()
+    await until(lambda: time.monotonic() > stopped_at + SAME_WITHIN)
+    assert dev.running
+    dev.send(signal.SIGINT)
+    assert await dev.wait() == 4, dev.report()
+    assert len(dev.logged("job_handed_back")) == 1
+    assert await api.db.status(task_id) == "pending"
 
 
 async def test_wrong_settings_are_told_at_once(worker_process: WorkerStarter) -> None:

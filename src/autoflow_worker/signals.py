@@ -11,6 +11,7 @@
 import asyncio
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -120,7 +121,8 @@ def stop_on_signals(
 
     - A handler of ``add_signal_handler`` runs only when the loop turns; one of ``signal.signal``
       runs in a blocked loop too, unless that is deep in foreign C, in the middle of anything. So
-      the latter only takes the time and arms the watchdog, and has the loop do the rest.
+      the latter only takes the time and arms the watchdog, and has the loop do the rest. Where even
+      that does not run, a thread arms the watchdog.
     - ``asyncio.Runner`` cancels the main task on SIGINT, unless SIGINT has another handler than
       Python's default; ours replaces its for as long as this lasts.
     - A signal that is ignored, rather than handled, would be ignored by every program that a
@@ -167,6 +169,7 @@ class _Taker:
         self._requests = Requests()
         self._deadline = 0.0
         self._beat: asyncio.TimerHandle | None = None
+        self._listener = None if grace is None else _Listener(grace)
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         """The handler: runs in the main thread, in the middle of anything."""
@@ -182,6 +185,7 @@ class _Taker:
 
     def on_held(self, requests: Requests, number: int) -> None:
         """Go on with what was asked before there was a loop."""
+        watchdog.call_off()
         self._requests = requests
         self._arm(time.monotonic() + (self._grace or 0.0))
         self._take(number, Request.STOP)
@@ -190,6 +194,8 @@ class _Taker:
         if self._beat is not None:
             self._beat.cancel()
         self._grace = None
+        if self._listener is not None:
+            self._listener.close()
         watchdog.call_off()
 
     def _arm(self, deadline: float) -> None:
@@ -225,6 +231,65 @@ class _Taker:
         if left <= 0:
             watchdog.end_at(time.monotonic() + watchdog.PATIENCE)
         self._beat = self._loop.call_later(BEAT, self._keep_alive)
+
+
+class _Listener:
+    """A thread that arms the watchdog where the main thread is deep in foreign C.
+
+    Python's handlers do not run there, but the signal's number goes to the wake-up descriptor, and
+    a thread can read it if that C has released the GIL. Each number is passed on to the descriptor
+    that was set before, the event loop's.
+
+    Args:
+        grace: seconds from the signal to the deadline.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
+        self._requests = Requests()
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._loops = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        # A copy: the loop closes its own when it is left.
+        self._copy = None if self._loops == -1 else os.dup(self._loops)
+        self._thread = threading.Thread(target=self._listen, name="signal-listener", daemon=True)
+        # RuntimeError: no thread can be started. The loop's handlers have to do.
+        with suppress(RuntimeError):
+            self._thread.start()
+        if self._thread.ident is None:
+            self._give_back()
+
+    def close(self) -> None:
+        """Give the wake-up descriptor back."""
+        self._give_back()
+        # Closing it would do nothing while a forked child has it, too.
+        self._writer.shutdown(socket.SHUT_WR)
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._writer.close()
+        self._reader.close()
+        if self._copy is not None:
+            os.close(self._copy)
+
+    def _give_back(self) -> None:
+        current = signal.set_wakeup_fd(-1)
+        before = self._loops if current == self._writer.fileno() else current
+        if before != -1:
+            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
+
+    def _listen(self) -> None:
+        while numbers := self._reader.recv(4096):
+            now = time.monotonic()
+            for number in numbers:
+                request = self._requests.of(number, now) if number in SIGNALS else Request.NOTHING
+                if request is Request.STOP:
+                    watchdog.end_at(now + self._grace + watchdog.PATIENCE)
+                elif request is Request.ABORT:
+                    watchdog.end_at(now + watchdog.PATIENCE)
+            if self._copy is not None:
+                # BlockingIOError: it is full of numbers already. BrokenPipeError: it was closed.
+                with suppress(OSError):
+                    os.write(self._copy, numbers)
 
 
 class _Fork(threading.local):

@@ -134,7 +134,7 @@ async def until_asleep(pid: int) -> None:
 
 
 BLOCKING = """
-    import re, time
+    import hashlib, re, time
     from autoflow_worker import define_task
 
     def sleep():
@@ -154,6 +154,9 @@ BLOCKING = """
     def match():
         re.match("(a+)+$", "a" * 60 + "b")
 
+    def native():
+        hashlib.pbkdf2_hmac("sha512", b"x", b"x", 2**31 - 1)
+
     async def handler(payload, ctx):
         print("blocking", flush=True)
         globals()[payload["how"]]()
@@ -162,7 +165,7 @@ BLOCKING = """
 """
 
 
-@pytest.mark.parametrize("how", ["sleep", "spin", "swallow", "match"])
+@pytest.mark.parametrize("how", ["sleep", "spin", "swallow", "match", "native"])
 async def test_a_blocked_loop_ends_the_process_past_the_deadline_with_its_stacks(
     worker_process: WorkerStarter, api: Api, how: str
 ) -> None:
