@@ -65,12 +65,12 @@ def _in_child() -> None:
     if threading.get_ident() != loop_thread:
         return
     current = asyncio.current_task(loop)
-    if current is None:
+    if current is None:  # A bare callback: nothing is looked at when it ends.
         loop.call_soon(end_of_child)
-        return
+    else:
+        asyncio.tasks._leave_task(loop, current)  # noqa: SLF001 - named in asyncio's "Extending"
     # asyncio checks at the end of a task's step that the task is still the loop's current one, and
     # before each step that there is none; a failed check goes to the exception handler.
-    asyncio.tasks._leave_task(loop, current)  # noqa: SLF001 - named in asyncio's "Extending"
     nobody: Any = _Nobody()
     asyncio.tasks._enter_task(loop, nobody)  # noqa: SLF001
 

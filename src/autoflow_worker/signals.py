@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import cache
@@ -95,9 +95,14 @@ def hold_signals() -> None:
     yet that could be lost.
     """
     _register()
-    for number in SIGNALS:
+    for number in _not_ignored():
         signal.signal(number, _hold)
     watchdog.print_stacks_on(TELL)
+
+
+def _not_ignored() -> Sequence[signal.Signals]:
+    """`nohup` has SIGHUP ignored, so that the worker outlives its terminal."""
+    return [n for n in SIGNALS if n not in STOP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def _hold(number: int, _frame: FrameType | None) -> None:
@@ -135,9 +140,9 @@ def stop_on_signals(
     """
     _register()
     taker = _Taker(asyncio.get_running_loop(), grace, tell)
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {number: signal.getsignal(number) for number in _not_ignored()}
     watchdog.stop_printing_on(TELL)
-    for number in SIGNALS:
+    for number in previous:
         signal.signal(number, taker.on_signal)
     watchdog.print_stacks_on(TELL)
     if _Held.first is not None:

@@ -93,6 +93,11 @@ TASKS = """
         child = os.fork()
         return await ended(child) if child else "from the child"
 
+    async def forks_in_a_callback(payload, ctx):
+        child = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(lambda: child.set_result(os.fork()))
+        return await ended(child) if (child := await child) else "from the child"
+
     def returns_in_a_thread(payload, ctx):
         child = os.fork()
         if child:
@@ -117,7 +122,7 @@ TASKS = """
     handlers = [
         processes, processes_on_the_loop, interrupted, pool, programs, loop_in_a_child, returns,
         awaits, forks_in_a_task, forks_after_a_wait, returns_in_a_thread, forks_in_an_executor,
-        logs_in_a_child,
+        logs_in_a_child, forks_in_a_callback,
     ]
     tasks = [define_task(handler.__name__, handler) for handler in handlers]
     tasks.append(define_task("neighbour", neighbour, TaskOptions(concurrency=3)))
@@ -175,6 +180,7 @@ async def test_a_signal_to_a_child_is_the_childs(
         "forks_after_a_wait",
         "returns_in_a_thread",
         "forks_in_an_executor",
+        "forks_in_a_callback",
     ],
 )
 async def test_a_child_that_comes_back_ends(

@@ -85,6 +85,19 @@ async def test_each_signal_on_each_loop(loop: str) -> None:
     assert b"in main" in stacks
 
 
+async def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as (stop, _):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await until(stop.is_set)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 TIMES = st.lists(st.tuples(st.sampled_from(SIGNALS), st.floats(0, 5)), max_size=8)
 
 
