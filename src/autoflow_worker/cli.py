@@ -341,7 +341,7 @@ def _result(argv: Sequence[str] | None) -> tuple[int, str | None]:
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED, None
     except SystemExit as error:
-        words = f"foreign code called sys.exit({error.code!r}), outside of any job"
+        words = mask_secrets(f"foreign code called sys.exit({error.code!r}), outside of any job")
         return WorkerError.exit_code, f"autoflow-worker: {words}"
     except Exception:
         words = mask_secrets(traceback.format_exc())

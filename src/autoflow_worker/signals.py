@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from enum import Enum
 from functools import cache
 from types import FrameType
@@ -41,7 +42,7 @@ EARLY_GRACE: Final = 25.0
 """Seconds that the imports may go on after a signal."""
 
 BEAT: Final = 0.5
-"""Seconds after which a loop that turns puts its end off, once its deadline has passed."""
+"""Seconds after which a loop that turns puts its end off again."""
 
 
 class Request(Enum):
@@ -192,6 +193,8 @@ class _Taker:
         """Go on with what was asked before there was a loop."""
         watchdog.call_off()
         self._requests = requests
+        if self._listener is not None:
+            self._listener.requests = copy(requests)
         self._arm(time.monotonic() + (self._grace or 0.0))
         self._take(number, Request.STOP)
 
@@ -232,9 +235,8 @@ class _Taker:
         """A loop that turns past the deadline is not blocked: whoever closes has own limits."""
         if self._grace is None:
             return
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            watchdog.end_at(time.monotonic() + watchdog.PATIENCE)
+        # The thread may have counted the seconds between two signals otherwise.
+        watchdog.put_off(max(self._deadline, time.monotonic()) + watchdog.PATIENCE)
         self._beat = self._loop.call_later(BEAT, self._keep_alive)
 
 
@@ -251,7 +253,7 @@ class _Listener:
 
     def __init__(self, grace: float) -> None:
         self._grace = grace
-        self._requests = Requests()
+        self.requests = Requests()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._loops = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -286,7 +288,7 @@ class _Listener:
         while numbers := self._reader.recv(4096):
             now = time.monotonic()
             for number in numbers:
-                request = self._requests.of(number, now) if number in SIGNALS else Request.NOTHING
+                request = self.requests.of(number, now) if number in SIGNALS else Request.NOTHING
                 if request is Request.STOP:
                     watchdog.end_at(now + self._grace + watchdog.PATIENCE)
                 elif request is Request.ABORT:

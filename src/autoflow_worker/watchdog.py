@@ -67,6 +67,12 @@ def end_at(deadline: float) -> None:
     _start()
 
 
+def put_off(deadline: float) -> None:
+    """End the process at this time at the earliest, if it is to end."""
+    if _Timer.ends_at is not None and _Timer.ends_at < deadline:
+        end_at(deadline)
+
+
 def call_off() -> None:
     """Let the process live."""
     _Timer.ends_at = None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from autoflow_worker import TaskContext, TaskOptions, define_task, record
+from autoflow_worker import TaskContext, TaskOptions, define_task
 from autoflow_worker.errors import PartDiedError
 from autoflow_worker.execution import execute
 from autoflow_worker.recorder import StatusRecorder

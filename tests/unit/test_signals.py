@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoflow_worker import watchdog
 from autoflow_worker.signals import (
     SAME_WITHIN,
     SIGNALS,
@@ -83,6 +84,16 @@ async def test_each_signal_on_each_loop(loop: str) -> None:
     assert process.returncode == 7, stacks
     assert b"most recent call first" in stacks
     assert b"in main" in stacks
+
+
+async def test_a_loop_that_turns_is_not_ended() -> None:
+    with stop_on_signals(600.0) as (stop, _):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until(stop.is_set)
+        # As the thread does that reads signals, if it counts an abort where the loop does not.
+        watchdog.end_at(time.monotonic() + watchdog.PATIENCE)
+        await until(lambda: (watchdog._Timer.ends_at or 0) > time.monotonic() + 100)
+    assert watchdog._Timer.ends_at is None
 
 
 async def test_what_nohup_ignores_stays_ignored() -> None:
