@@ -28,6 +28,7 @@ from chaos.servers import Servers, own_servers
 from chaos.tasks import QUICK
 from chaos.workers import worker_env
 from chaos.workload import KEEP_ALL
+from tests.support.database import new_task_id
 from tests.support.node import Node, Scheduled
 from tests.support.process import WorkerProcess
 from tests.support.until import until
@@ -123,7 +124,12 @@ class Lane:
 
     async def _add(self, count: int) -> None:
         jobs = [
-            Scheduled({"n": n, "run_ms": self._rng.randint(0, 40)}, opts=KEEP_ALL)
+            # Their rows are the worker's to make, so their ids are none of the API's.
+            Scheduled(
+                {"n": n, "run_ms": self._rng.randint(0, 40)},
+                f"without-a-row-{new_task_id()}",
+                opts=KEEP_ALL,
+            )
             for n in range(count)
         ]
         self._ids += await self._node.schedule_all(QUICK, jobs)
