@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from autoflow_worker.execution import HandlerExitError
+from autoflow_worker.handler_threads import HandlerExitError
 
 _OWN_CODE: Final = str(Path(__file__).parent) + os.sep
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 import uvloop
 
-from autoflow_worker.execution import HandlerExitError
 from autoflow_worker.handler_tasks import contain_tasks
+from autoflow_worker.handler_threads import HandlerExitError
 from autoflow_worker.service import _persist
 
 variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
