@@ -260,6 +260,7 @@ class JobHistory:
             record.encode(dict(patch)),
             since=since,
             fence=fence,
+            unfinished=self._claim.is_bare,
             new_row=self._new_row,
         )
         return self._recorder.submit(write)

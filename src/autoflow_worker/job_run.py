@@ -6,10 +6,9 @@ in between runs the job again, and never leaves a row that lies.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
-from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import structlog
@@ -44,9 +43,6 @@ from autoflow_worker.task import (
 from autoflow_worker.writes import Verdict
 
 log = structlog.get_logger(__name__)
-
-# What a row was told of a job that BullMQ then refused to complete.
-_TAKEN_BACK: Final = MappingProxyType({"completedAt": None, "result": None})
 
 
 class UnmovedJobError(Exception):
@@ -177,14 +173,9 @@ class JobRun:
         try:
             return await self._acknowledge(send, lambda: Finish("returnvalue", dump(result)))
         except ChildrenLeftError as error:
-            return await self._fail(error, instead=_TAKEN_BACK)
+            return await self._fail(error)
 
-    async def _fail(
-        self,
-        error: BaseException,
-        *,
-        instead: Mapping[str, None] = MappingProxyType({}),
-    ) -> Reply:
+    async def _fail(self, error: BaseException) -> Reply:
         """Record and acknowledge a failure: for good, or with another attempt to come."""
         now_ms = _now_ms()
         delay_ms, why_not = await self._next_delay(error)
@@ -199,7 +190,10 @@ class JobRun:
             )
         else:
             patch = record.pending_patch(attempt=self._claim.attempt, error=failure)
-        if await self._history.finish({**patch, **instead}) is Verdict.CANCELLED:
+        verdict = await self._history.finish(patch)
+        if verdict is Verdict.FINISHED:
+            return await self._forget()
+        if verdict is Verdict.CANCELLED:
             delay_ms = None  # A cancelled task never runs again.
         told = (failure["reason"], failure.get("stackTrace"))
         log.info(
@@ -217,6 +211,12 @@ class JobRun:
             return await self._acknowledge(send)
         send = partial(self._queue.retry, self._claim, *told)
         return await self._acknowledge(send)
+
+    async def _forget(self) -> Reply:
+        """Drop a job whose data Redis has lost, and whose end its row tells."""
+        await self._queue.insist(lambda: self._queue.drop(self._claim))
+        log.warning("finished_job_dropped", queue=self._queue.name, task_id=self._claim.id)
+        return Reply()
 
     async def _next_delay(self, error: BaseException) -> tuple[int | None, str | None]:
         """ms until the next attempt, None for no further one; and why not, if it isn't plain."""
@@ -332,7 +332,7 @@ class JobRun:
         now_ms = _now_ms()
         failure = record.error_record(error, now_ms=now_ms)
         patch = record.failed_patch(now_ms=now_ms, attempt=self._claim.attempt, error=failure)
-        await self._history.finish({**patch, **_TAKEN_BACK})
+        await self._history.finish(patch)
         return Finish("failedReason", failure["reason"], failure.get("stackTrace"))
 
     async def _advance_scheduler(self, scheduler: str) -> None:

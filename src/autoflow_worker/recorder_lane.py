@@ -363,6 +363,8 @@ class Lane:
                 write.settle(Verdict.FOREIGN)
             elif status == "cancelled" and write.patch.get("status") != "completed":
                 write.settle(Verdict.CANCELLED)
+            elif write.unfinished and status in ("completed", "failed"):
+                write.settle(Verdict.FINISHED)
             elif kind is not None and (
                 (write.since is not None and (started_at or "") > write.since)
                 or (write.fence is not None and started_at != write.fence)

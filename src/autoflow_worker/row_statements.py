@@ -117,7 +117,8 @@ CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.Serializatio
 # `data || patch` merges at the top level and keeps the API's other keys. The conditions are the
 # rules that no write may break: another queue's row is not ours; `since`: a start never goes
 # behind a later start; `fence`: an outcome goes only into the row that still shows its own start;
-# a cancelled task stays cancelled, unless its work was done after all (`settles`).
+# a cancelled task stays cancelled, unless its work was done after all (`settles`); `unfinished`:
+# what is said of a job whose data Redis has lost goes only into a row that tells no end yet.
 _UPDATE: Final = """
 UPDATE tasks AS t
 SET data = t.data || p.patch, updated_at = timezone('utc', now())
@@ -128,16 +129,19 @@ WHERE {relaxed}t.id = p.id
   AND (p.since IS NULL OR coalesce(t.data->>'startedAt', '') <= p.since COLLATE "C")
   AND (p.fence IS NULL OR t.data->>'startedAt' = p.fence)
   AND (p.settles OR t.data->>'status' IS DISTINCT FROM 'cancelled')
+  AND (p.unfinished IS NULL OR coalesce(t.data->>'status', '') NOT IN ('completed', 'failed'))
 RETURNING t.id
 """
 _MANY: Final = {
     "patches": "json_to_recordset($1::json)",
-    "columns": "(id text, queue text, patch jsonb, since text, fence text, settles boolean)",
+    "columns": "(id text, queue text, patch jsonb, since text, fence text, settles boolean,"
+    " unfinished boolean)",
 }
 # The same for one patch, which PostgreSQL needs a tenth less time for.
 _ONE: Final = {
-    "patches": "(SELECT $1::text, $2::text, $3::jsonb, $4::text, $5::text, $6::boolean)",
-    "columns": "(id, queue, patch, since, fence, settles)",
+    "patches": "(SELECT $1::text, $2::text, $3::jsonb, $4::text, $5::text, $6::boolean,"
+    " $7::boolean)",
+    "columns": "(id, queue, patch, since, fence, settles, unfinished)",
 }
 # A start that a crash of PostgreSQL loses is made good by its outcome, so it needn't wait for the
 # disk. Set inside the statement, it holds for this one transaction and needs no round trip.

@@ -14,6 +14,7 @@ class Verdict(enum.Enum):
 
     WRITTEN = "written"
     CANCELLED = "cancelled"  # the row says so, and still does
+    FINISHED = "finished"  # the row tells the job's end, and this is not to change it
     CONTESTED = "contested"  # the row shows another start than this attempt's
     MISSING = "missing"  # there is no row
     FOREIGN = "foreign"  # the row is that of another queue's task
@@ -45,6 +46,7 @@ class Write:
             outcome that PostgreSQL does not take, else the last verdict.
         settled: the next verdict, the same future as `ready` until that is done. A start that is
             LATE may say PUT_OFF here once; what comes after that is the last verdict.
+        unfinished: whether a row that tells the job's end is left alone.
         new_row: the row to make if there is none; may be given later, too.
         times_put_off: how often PostgreSQL did not take it. From the first time on it is written
             by itself, so that it holds up no others.
@@ -71,6 +73,7 @@ class Write:
         "since",
         "text",
         "times_put_off",
+        "unfinished",
     )
 
     def __init__(
@@ -82,6 +85,7 @@ class Write:
         *,
         since: str | None = None,
         fence: str | None = None,
+        unfinished: bool = False,
         new_row: NewRow | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
@@ -91,6 +95,7 @@ class Write:
         self.text = text
         self.since = since
         self.fence = fence
+        self.unfinished = unfinished
         self.new_row = new_row
         self.is_start = patch.get("status") == "active"
         self.times_put_off = 0
@@ -141,12 +146,15 @@ class Write:
             about["fence"] = self.fence
         if self.settles:
             about["settles"] = True
+        if self.unfinished:
+            about["unfinished"] = True
         return about
 
     def as_parameters(self) -> list[bytes | None]:
         """What the UPDATE of one row takes of it, in the same order."""
         settles = "true" if self.settles else "false"
-        texts = (self.row_id, self.queue, self.text, self.since, self.fence, settles)
+        unfinished = "true" if self.unfinished else None
+        texts = (self.row_id, self.queue, self.text, self.since, self.fence, settles, unfinished)
         return [None if text is None else text.encode() for text in texts]
 
 

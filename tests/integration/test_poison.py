@@ -459,3 +459,52 @@ async def test_a_poisoned_child_fails_its_parent(
             await api.until_both_say("children", child_id, "failed")
             row = await api.until_both_say("parents", f"parent-of-{child_id}", "failed")
             assert row["error"]["reason"] == f"child {prefix}:children:{child_id} failed"
+
+
+async def test_a_job_that_redis_forgets_while_it_runs_stays_completed(
+    run_worker: RunWorker, api: Api, redis: Redis, prefix: str
+) -> None:
+    """As by an eviction: its hash and its lock are gone, and its id is still active."""
+    base = f"{prefix}:{QUEUE}:"
+
+    async def handler(payload: object, ctx: TaskContext) -> str:
+        await redis.delete(base + ctx.task_id, f"{base}{ctx.task_id}:lock")
+        return "done"
+
+    async with run_worker([define_task(QUEUE, handler, worker_options=OPTIONS)]):
+        task_id = await api.schedule(QUEUE)
+        row = await api.db.until_status(task_id, "completed")
+        await until(lambda: _is_empty(redis, base + "active"))
+    assert await api.db.task(task_id) == row
+    assert await redis.exists(base + task_id) == 0
+
+
+async def test_a_finished_row_stays_as_it_is_when_its_job_comes_back_without_data(
+    run_worker: RunWorker, api: Api, redis: Redis, prefix: str
+) -> None:
+    """A worker died with the job in its hands, and Redis lost its hash and its lock."""
+    base = f"{prefix}:{QUEUE}:"
+
+    async def handler(payload: object, ctx: TaskContext) -> None:
+        raise AssertionError("it never runs")
+
+    done, open_ = "the-finished-one", "the-open-one"
+    await api.db.insert_tasks(QUEUE, {done: {}}, status="completed")
+    await api.db.insert_tasks(QUEUE, {open_: {}}, status="active")
+    before = await api.db.task(done)
+    await redis.lpush(base + "active", done, open_)
+    await redis.sadd(base + "stalled", done, open_)
+    async with run_worker([define_task(QUEUE, handler, worker_options=OPTIONS)]):
+        await api.db.until_status(open_, "failed")
+        await until(lambda: _is_empty(redis, base + "active"))
+
+        async def is_gone() -> bool:
+            return await redis.exists(base + done) == 0
+
+        await until(is_gone)
+    assert await api.db.task(done) == before
+    assert await state(redis, prefix, QUEUE, done) == ""
+
+
+async def _is_empty(redis: Redis, key: str) -> bool:
+    return await redis.llen(key) == 0
