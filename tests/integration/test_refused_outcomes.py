@@ -237,10 +237,12 @@ async def test_a_refused_row_at_concurrency_1(
     monkeypatch.setattr(task_worker, "RERUN_DELAY", 600.0)
     monkeypatch.setattr(task_worker, "RERUN_DELAY_MAX", 600.0)
     handler = Handler()
+    handler.gate.clear()
     [bad] = await jobs.schedule(1, bad=True)
     good = await jobs.schedule(20)
     async with run_worker([handler.task(1)]):
         async with check(jobs.db):
+            handler.gate.set()
             await jobs.until_told(*good)
             # It waits for its turn, and its row says until when; the attempt is not used up.
             row = await jobs.api.until_both_say(QUEUE, bad, "delayed")
@@ -270,9 +272,12 @@ async def test_the_log_tells_of_a_refusal_without_the_rows_contents(
 ) -> None:
     secret = "hunter2-is-nobodys-business"
     [bad] = await jobs.schedule(1, bad=secret)
+    handler = Handler()
+    handler.gate.clear()
     with capture_logs() as logs:
-        async with run_worker([Handler().task(1)]):
+        async with run_worker([handler.task(1)]):
             async with check(jobs.db):
+                handler.gate.set()
                 await until(lambda: len(events(logs, "job_runs_again")) >= 2, 60)
             await jobs.until_told(bad)
     [refused] = events(logs, "row_refused")
