@@ -1,13 +1,23 @@
 """Making the tasks table, and judging it before a start."""
 
 import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 
 from autoflow_worker.database import init_db, inspect_tasks_table
+from autoflow_worker.embedded import _free_port as free_port
 from autoflow_worker.errors import DatabaseUnavailableError, DatabaseUnfitError
 from tests.support.database import Connection, Database, other_database
+from tests.support.pooler import TransactionPooler
 from tests.support.servers import OwnServer
+from tests.support.until import until
 
 
 async def test_the_apis_table_will_do(db: Database) -> None:
@@ -113,3 +123,185 @@ async def test_a_server_that_hangs(own_postgres: OwnServer) -> None:
                 await inspect_tasks_table(own_postgres.url, patience=0.5)
         finally:
             own_postgres.resume()
+
+
+# -- what only a write shows -----------------------------------------------------------------------
+
+
+async def refusal(db: Database, *, new_rows: bool = True) -> str:
+    """Why statuses can't be kept there."""
+    with pytest.raises(DatabaseUnfitError) as caught:
+        await inspect_tasks_table(db.url, new_rows=new_rows)
+    assert "Failing row" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+async def test_nothing_is_left_of_the_row_that_was_tried(db: Database) -> None:
+    await db.execute("CREATE TABLE told (id text)")
+    await db.execute(
+        "CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN INSERT INTO told VALUES (NEW.id); RETURN NEW; END $$"
+    )
+    await db.execute(
+        "CREATE TRIGGER tell BEFORE INSERT OR UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION tell()"
+    )
+    await inspect_tasks_table(db.url)
+    await inspect_tasks_table(db.url, new_rows=False)
+    assert await db.rows() == {}
+    assert await db.fetch("SELECT * FROM told") == []
+
+
+async def test_a_column_that_the_worker_does_not_know(db: Database) -> None:
+    await db.execute("ALTER TABLE tasks ADD COLUMN tenant text NOT NULL")
+    message = await refusal(db)
+    assert 'null value in column "tenant"' in message
+    assert "RECORD_UNKNOWN_JOBS=false" in message
+    # The API fills the column, and the worker makes no rows.
+    await inspect_tasks_table(db.url, new_rows=False)
+
+
+async def test_a_constraint_that_refuses_a_status(db: Database) -> None:
+    await db.execute("ALTER TABLE tasks ADD CHECK (data->>'status' <> 'completed')")
+    message = await refusal(db)
+    assert "a row's status 'completed'" in message
+    assert "check constraint" in message
+
+
+async def make_trigger(db: Database, when: str, body: str) -> None:
+    await db.execute(
+        f"CREATE FUNCTION act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$"
+    )
+    await db.execute(
+        f"CREATE TRIGGER act BEFORE {when} ON tasks FOR EACH ROW EXECUTE FUNCTION act()"
+    )
+
+
+async def test_a_trigger_that_raises(db: Database) -> None:
+    await make_trigger(db, "UPDATE", "RAISE EXCEPTION 'no updates on Sundays';")
+    assert "no updates on Sundays" in await refusal(db)
+
+
+@pytest.mark.parametrize("when", ["INSERT", "UPDATE"])
+async def test_a_trigger_that_leaves_rows_out(db: Database, when: str) -> None:
+    await make_trigger(db, when, "RETURN NULL;")
+    assert "without an error" in await refusal(db)
+
+
+async def test_row_level_security(db: Database, prefix: str) -> None:
+    role = f'"{prefix}"'
+    await db.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        await db.execute(f"GRANT USAGE ON SCHEMA public TO {role}")
+        await db.execute(f"GRANT SELECT, INSERT, UPDATE ON tasks TO {role}")
+        await db.execute("ALTER TABLE tasks ENABLE ROW LEVEL SECURITY")
+        await db.execute("CREATE POLICY seen ON tasks FOR SELECT USING (true)")
+        await db.execute("CREATE POLICY new ON tasks FOR INSERT WITH CHECK (true)")
+        theirs = Database(db.url.replace("postgres@", f"{prefix}@"), db.connection)
+        assert "status 'active'" in await refusal(theirs)
+        await db.execute("CREATE POLICY changed ON tasks FOR UPDATE USING (true)")
+        await inspect_tasks_table(theirs.url)
+    finally:
+        await db.execute(f"DROP OWNED BY {role}")
+        await db.execute(f"DROP ROLE {role}")
+
+
+async def test_the_right_to_insert_is_needed_for_new_rows_only(db: Database, prefix: str) -> None:
+    role = f'"{prefix}"'
+    await db.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        await db.execute(f"GRANT USAGE ON SCHEMA public TO {role}")
+        await db.execute(f"GRANT SELECT, UPDATE ON tasks TO {role}")
+        theirs = Database(db.url.replace("postgres@", f"{prefix}@"), db.connection)
+        assert "the user lacks INSERT on tasks" in await refusal(theirs)
+        await inspect_tasks_table(theirs.url, new_rows=False)
+        await db.execute(f"REVOKE UPDATE ON tasks FROM {role}")
+        assert "the user lacks UPDATE on tasks" in await refusal(theirs, new_rows=False)
+    finally:
+        await db.execute(f"DROP OWNED BY {role}")
+        await db.execute(f"DROP ROLE {role}")
+
+
+async def test_a_table_that_is_locked_is_not_waited_for_without_end(db: Database) -> None:
+    async with await Connection.connect(db.url) as migration:
+        await migration.execute("LOCK TABLE tasks")
+        with pytest.raises(DatabaseUnavailableError, match="lock timeout"):
+            await inspect_tasks_table(db.url, patience=0.5)
+    await inspect_tasks_table(db.url)
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+async def test_a_database_of_another_encoding(db: Database, prefix: str, encoding: str) -> None:
+    name = f'"{prefix}-{encoding}"'
+    await db.execute(
+        f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0"
+        " LC_COLLATE 'C' LC_CTYPE 'C'"
+    )
+    try:
+        url = other_database(db.url, f"{prefix}-{encoding}")
+        await init_db(url)
+        with pytest.raises(DatabaseUnfitError, match=f"encoding is {encoding}.*UTF8"):
+            await inspect_tasks_table(url)
+    finally:
+        await db.execute(f"DROP DATABASE {name}")
+
+
+# -- poolers ---------------------------------------------------------------------------------------
+
+
+async def test_a_pooler_that_deals_out_sessions(db: Database) -> None:
+    async with TransactionPooler(db.url) as pooler:
+        with pytest.raises(DatabaseUnfitError, match="PgBouncer in transaction"):
+            await inspect_tasks_table(pooler.url)
+
+
+PGBOUNCER = shutil.which("pgbouncer") or shutil.which("/usr/sbin/pgbouncer")
+
+
+@pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")
+@pytest.mark.parametrize("sessions", [1, 5])
+@pytest.mark.parametrize("mode", ["session", "transaction", "statement"])
+async def test_pgbouncer(db: Database, tmp_path: Path, mode: str, sessions: int) -> None:
+    async with pgbouncer(db.url, tmp_path, mode, sessions) as url:
+        if mode == "session":
+            await inspect_tasks_table(url)
+        else:
+            with pytest.raises(DatabaseUnfitError, match="PgBouncer in transaction"):
+                await inspect_tasks_table(url)
+
+
+@asynccontextmanager
+async def pgbouncer(url: str, folder: Path, mode: str, sessions: int) -> AsyncIterator[str]:
+    """Run PgBouncer before a server; its URL."""
+    assert PGBOUNCER is not None
+    parts, port = urlsplit(url), free_port()
+    settings = folder / "pgbouncer.ini"
+    settings.write_text(
+        f"[databases]\n{parts.path[1:]} = host=127.0.0.1 port={parts.port} user=postgres\n"
+        f"[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={port}\nauth_type=any\n"
+        f"unix_socket_dir=\npool_mode={mode}\ndefault_pool_size={sessions}\n"
+    )
+    if os.geteuid() == 0:  # as whom it refuses to run
+        settings.write_text(settings.read_text() + "user=nobody\n")
+    process = await asyncio.create_subprocess_exec(
+        PGBOUNCER,
+        settings,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    pooled = parts._replace(netloc=f"postgres@127.0.0.1:{port}").geturl()
+
+    async def answers() -> bool:
+        try:
+            async with await Connection.connect(pooled):
+                return True
+        except psycopg.OperationalError:
+            return False
+
+    try:
+        await until(answers)
+        yield pooled
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

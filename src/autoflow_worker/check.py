@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+from redis.exceptions import RedisError
 
-from autoflow_worker.database import inspect_tasks_table
-from autoflow_worker.errors import RedisUnfitError, SettingsError, WorkerError
-from autoflow_worker.fitness import RedisReport, assess_redis
+from autoflow_worker.database import PROBED_QUEUE, inspect_tasks_table
+from autoflow_worker.errors import RedisUnavailableError, SettingsError, WorkerError
+from autoflow_worker.fitness import examine_redis
 from autoflow_worker.loader import load_tasks
 from autoflow_worker.masking import mask_secrets
 from autoflow_worker.redis_client import PipelinedRedis
@@ -52,20 +53,21 @@ def run_checks(env_files: Sequence[str] = (), **overrides: Any) -> int:
         overrides: settings from the command line, by attribute; ``None`` is none.
     """
     report = _Report()
+    queues: list[str] = []
     settings, faults = Settings.examine(**overrides)
     report.run("settings", lambda: _settings(settings, faults, env_files))
     if "tasks_config" in faults or "worker_queues" in faults:
         report.skip("task list", "TASKS_CONFIG or WORKER_QUEUES is wrong")
     else:
-        report.run("task list", lambda: _task_list(settings))
+        report.run("task list", lambda: _task_list(settings, queues))
     if "redis_url" in faults:
         report.skip("Redis", "REDIS_URL is missing or wrong")
     else:
-        report.run("Redis", lambda: asyncio.run(_redis(settings)))
+        report.run("Redis", lambda: asyncio.run(_redis(settings, queues)))
     if "database_url" in faults:
         report.skip("PostgreSQL", "DATABASE_URL is missing or wrong")
     else:
-        report.run("PostgreSQL", lambda: asyncio.run(_database(settings)))
+        report.run("PostgreSQL", lambda: asyncio.run(_database(settings, queues)))
     return report.exit_code
 
 
@@ -77,26 +79,31 @@ def _settings(settings: Settings, faults: dict[str, str], env_files: Sequence[st
     return [text + "".join(f", {name} read" for name in env_files), *found]
 
 
-def _task_list(settings: Settings) -> list[str]:
+def _task_list(settings: Settings, queues: list[str]) -> list[str]:
     tasks = load_tasks(settings.tasks_config, settings.worker_queues)
-    names = ", ".join(task.queue_name for task in tasks)
+    queues += [task.queue_name for task in tasks]
     count = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}"
-    return [f"{count} in {settings.tasks_config!r}: {names}"]
+    return [f"{count} in {settings.tasks_config!r}: {', '.join(queues)}"]
 
 
-async def _redis(settings: Settings) -> list[str]:
+async def _redis(settings: Settings, queues: Sequence[str]) -> list[str]:
     client = PipelinedRedis(settings.redis_url.get_secret_value())
     try:
         await client.open(min(PATIENCE, settings.worker_startup_timeout))
-        report: RedisReport = assess_redis(await client.info())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RedisUnfitError(f"Redis does not describe itself: {error}") from error
+        # Without a task list there are no queues under whose prefixes commands could be tried.
+        report = await examine_redis(client, settings.bullmq_prefix, queues)
+    except (OSError, RedisError) as error:
+        raise RedisUnavailableError(f"Redis went away: {error}") from error
     finally:
         await client.aclose()
     return [report.server, *report.warnings]
 
 
-async def _database(settings: Settings) -> list[str]:
-    patience = min(PATIENCE, settings.worker_startup_timeout)
-    version = await inspect_tasks_table(settings.database_url.get_secret_value(), patience=patience)
+async def _database(settings: Settings, queues: Sequence[str]) -> list[str]:
+    version = await inspect_tasks_table(
+        settings.database_url.get_secret_value(),
+        queue=next(iter(queues), PROBED_QUEUE),
+        new_rows=settings.record_unknown_jobs,
+        patience=min(PATIENCE, settings.worker_startup_timeout),
+    )
     return [f"PostgreSQL {version}, the table is as it has to be"]

@@ -48,7 +48,7 @@ WORKER_STARTUP_TIMEOUT, DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, MAX_PAYLOAD_BYTE
 LOG_FORMAT.
 
 Exit codes: 0 stopped cleanly, 1 a part died, 2 wrong use (settings, task list, arguments, a missing
-extra), 3 Redis or PostgreSQL unreachable or unfit at start, 4 the deadline passed and jobs were
+extra), 3 Redis or PostgreSQL unreachable, unfit or refusing, 4 the deadline passed and jobs were
 handed back, 5 reconcile left differences.
 """
 

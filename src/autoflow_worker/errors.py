@@ -63,6 +63,10 @@ class RedisUnavailableError(WorkerError):
     exit_code = 3
 
 
+class RedisRefusedError(RedisUnavailableError):
+    """Redis refuses the user or the password."""
+
+
 class RedisUnfitError(WorkerError):
     """Redis answers, but can't serve as a BullMQ server."""
 
@@ -75,8 +79,12 @@ class DatabaseUnavailableError(WorkerError):
     exit_code = 3
 
 
+class DatabaseRefusedError(DatabaseUnavailableError):
+    """PostgreSQL refuses the user, the password or the database's name."""
+
+
 class DatabaseUnfitError(WorkerError):
-    """PostgreSQL answers, but its tasks table is missing or of another shape."""
+    """PostgreSQL answers, but does not take what has to be recorded."""
 
     exit_code = 3
 

@@ -10,12 +10,17 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
+
+from autoflow_worker.outage import SILENT_AFTER, Silence
+
+WATCH_INTERVAL: Final = 1.0
+"""Seconds between two looks at how long the server has been silent."""
 
 
 class Rows:
@@ -38,10 +43,15 @@ class PostgresLink:
 
     Args:
         connection: psycopg's, open, in autocommit mode, of encoding UTF-8; closed with the link.
+        silence: is told when the server hangs.
     """
 
-    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+    def __init__(self, connection: psycopg.AsyncConnection[Any], silence: Silence) -> None:
         self._connection = connection
+        self._silence = silence
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._watch_at = 0.0
+        self._silent_since = 0.0
         self._libpq = connection.pgconn
         # libpq closes it by itself when the connection is lost, and then tells its number no more.
         self._socket = self._libpq.socket
@@ -76,6 +86,9 @@ class PostgresLink:
         assert self._reply is None, "one statement at a time"
         send(*args)
         self._reply = self._loop.create_future()
+        self._silent_since = self._loop.time()
+        if self._watchdog is None:
+            self._watch_soon()
         self._flush()
         return self._reply
 
@@ -92,8 +105,25 @@ class PostgresLink:
             self._loop.remove_writer(self._socket)
         self._is_full = is_full
 
+    def _watch_soon(self) -> None:
+        self._watch_at = self._loop.time() + WATCH_INTERVAL
+        self._watchdog = self._loop.call_at(self._watch_at, self._watch)
+
+    def _watch(self) -> None:
+        self._watchdog = None
+        if self._reply is None or self._lost is not None:
+            return
+        now = self._loop.time()
+        # While something blocked the loop, a reply may have come: that is not the server's silence.
+        self._silent_since += max(0.0, now - self._watch_at)
+        if now - self._silent_since >= SILENT_AFTER:
+            self._silence.begin(self, self._silent_since)
+        self._watch_soon()
+
     def _read(self) -> None:
         """Take what has come: a reply, a part of one, or the connection's end."""
+        self._silent_since = self._loop.time()
+        self._silence.end(self)
         try:
             self._libpq.consume_input()
             while not self._libpq.is_busy():
@@ -130,6 +160,9 @@ class PostgresLink:
         if self._lost is None:
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)
+            if self._watchdog is not None:
+                self._watchdog.cancel()
+            self._silence.forget(self)
 
     def abort(self) -> None:
         """Break the connection, so that what runs fails at once.

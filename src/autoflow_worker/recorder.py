@@ -18,9 +18,10 @@ from typing import Final
 import structlog
 
 from autoflow_worker.errors import PartDiedError
+from autoflow_worker.outage import Reasons, Refusals, Silence
 from autoflow_worker.recorder_lane import LARGE_BATCH, MAX_BATCH, SLOW_BATCH, Lane
-from autoflow_worker.refusals import Refusals
-from autoflow_worker.row_statements import reason_of
+from autoflow_worker.refused_rows import RefusedRows
+from autoflow_worker.row_statements import may_be_for_good, reason_of
 from autoflow_worker.writes import Verdict, Write
 
 log = structlog.get_logger(__name__)
@@ -45,6 +46,10 @@ class StatusRecorder:
         url: libpq's connection URL.
         max_connections: connections at most; one serves until `LARGE_BATCH` patches wait, or some
             wait for a batch that takes longer than `SLOW_BATCH`.
+
+    Attributes:
+        refusals: PostgreSQL's, of connections and rows.
+        silence: is told when PostgreSQL hangs.
     """
 
     def __init__(self, url: str, *, max_connections: int = 1) -> None:
@@ -53,10 +58,13 @@ class StatusRecorder:
         self._postponed: set[Write] = set()
         self._due: deque[Write] = deque()
         self._due_comes_next = True
-        self._refusals = Refusals()
+        self._refused_rows = RefusedRows()
         self._patrol: asyncio.TimerHandle | None = None
         self._helping: asyncio.TimerHandle | None = None
         self._outage_since: float | None = None
+        self._reasons = Reasons()
+        self.refusals = Refusals()
+        self.silence = Silence("postgresql_silent", "postgresql_answers_again")
         self._closed = False
 
     async def open(self, timeout: float) -> None:
@@ -209,17 +217,31 @@ class StatusRecorder:
         self._patrol = loop.call_later(1.0, self._release_late) if starts else None
 
     def note_refusal(self, write: Write, why: Exception | str) -> None:
-        self._refusals.note(write, why)
+        """PostgreSQL refused a single write."""
+        if isinstance(why, Exception) and may_be_for_good(why):
+            self.refusals.note("rows")
+        self._refused_rows.note(write, why)
 
     def note_outage(self, error: Exception) -> None:
+        """PostgreSQL could not be reached, or gave up; each reason is told once."""
         if self._outage_since is None:
             self._outage_since = asyncio.get_running_loop().time()
-            log.warning("postgresql_away", reason=reason_of(error))
+        if self._reasons.is_new(reason := reason_of(error)):
+            log.warning("postgresql_away", reason=reason)
+        if may_be_for_good(error):
+            self.refusals.note("connection")
+        else:
+            self.refusals.forget()  # It is an outage, which is waited out.
 
     def note_written(self, writes: Sequence[Write]) -> None:
-        self._refusals.note_written(writes)
+        """A statement was executed, and has written these."""
+        self.refusals.over("connection")
+        if writes:
+            self.refusals.over("rows")
+            self._refused_rows.note_written(writes)
         if self._outage_since is not None:
             away = asyncio.get_running_loop().time() - self._outage_since
             self._outage_since = None
+            self._reasons.forget()
             log.warning("postgresql_back", after_s=round(away, 1), writes=len(self._waiting))
             self.wake_lanes()  # During the outage the lanes did not help each other.

@@ -12,6 +12,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from autoflow_worker.errors import DatabaseUnavailableError, PartDiedError
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.masking import mask_secrets
+from autoflow_worker.outage import Silence
 from autoflow_worker.postgres_link import PostgresLink
 from autoflow_worker.row_statements import (
     CONFLICTS,
@@ -19,17 +20,16 @@ from autoflow_worker.row_statements import (
     INSERT,
     LOCKED,
     LOOK,
-    REFUSED,
     SESSION,
     TABLE_LOCKED,
     UPDATE_MANY,
     UPDATE_MANY_RELAXED,
     UPDATE_ONE,
     UPDATE_ONE_RELAXED,
-    WORDS_OF_REFUSAL,
     Blame,
     UnencodableError,
     blame,
+    is_refusal,
     reason_of,
 )
 from autoflow_worker.writes import NewRow, Verdict, Write
@@ -59,7 +59,13 @@ _NO_NEW_ROW: Final = "PostgreSQL makes no row: a trigger or a policy"
 
 
 class Source(Protocol):
-    """Where a lane gets its batches, and tells how it goes: the recorder."""
+    """Where a lane gets its batches, and tells how it goes: the recorder.
+
+    Attributes:
+        silence: is told when a connection hangs.
+    """
+
+    silence: Silence
 
     def take(self, at_least: int) -> list[Write]:
         """The next batch, if at least so many writes wait."""
@@ -82,7 +88,7 @@ class Source(Protocol):
         ...
 
     def note_written(self, writes: Sequence[Write]) -> None:
-        """These were written, so PostgreSQL is there."""
+        """A statement was executed, and has written these."""
         ...
 
 
@@ -126,7 +132,7 @@ class Lane:
                 ) from None
             except psycopg.Error as error:
                 reason = mask_secrets(str(error).strip())
-                if isinstance(error, REFUSED) or _is_refusal(reason):
+                if is_refusal(error):
                     raise DatabaseUnavailableError(
                         f"PostgreSQL refuses the connection: {reason}"
                     ) from None
@@ -165,7 +171,7 @@ class Lane:
 
     async def link(self) -> PostgresLink:
         if self._link is None:
-            self._link = await _connect(self._conninfo)
+            self._link = await _connect(self._conninfo, self._source.silence)
         return self._link
 
     async def _disconnect(self) -> None:
@@ -258,7 +264,7 @@ class Lane:
             write.settle(Verdict.WRITTEN)
         if written:
             self._suspects.clear()
-            self._source.note_written(written)
+        self._source.note_written(written)
         if left:
             await self._explain([*left.values()])
 
@@ -388,8 +394,8 @@ class Lane:
         await link.execute(INSERT, _as_json(rows))
 
 
-async def _connect(conninfo: str) -> PostgresLink:
-    link = PostgresLink(await psycopg.AsyncConnection.connect(conninfo, autocommit=True))
+async def _connect(conninfo: str, silence: Silence) -> PostgresLink:
+    link = PostgresLink(await psycopg.AsyncConnection.connect(conninfo, autocommit=True), silence)
     try:
         # Not by psycopg: cancelled at a server that hangs, it would ask that for seconds to stop.
         await link.execute(SESSION)
@@ -434,7 +440,3 @@ def _smallest_patch(patch: Mapping[str, Any]) -> dict[str, Any]:
             "lastAttemptAt": error["lastAttemptAt"],
         }
     return smaller
-
-
-def _is_refusal(reason: str) -> bool:
-    return any(words in reason for words in WORDS_OF_REFUSAL)

@@ -28,7 +28,9 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from autoflow_worker.errors import RedisUnavailableError
+from autoflow_worker.errors import RedisRefusedError, RedisUnavailableError
+from autoflow_worker.outage import SILENT_AFTER, Reasons, Refusals, Silence
+from autoflow_worker.redis_denials import is_denial
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +39,9 @@ FULL_OUTBOX: Final = 8
 
 REPLY_PATIENCE: Final = 10.0
 """Seconds without a single reply after which a connection counts as half-open and is dropped."""
+
+WATCH_INTERVAL: Final = 1.0
+"""Seconds between two looks at how long the server has been silent."""
 
 CONNECT_PATIENCE: Final = 5.0
 """Seconds that a new command waits for a connection before it fails."""
@@ -71,6 +76,8 @@ _DATA_AT_FAULT: Final = re.compile(
     re.VERBOSE,
 )
 _REFUSALS: Final = (AuthenticationError, AuthorizationError, NoPermissionError)
+# What SELECT is answered where there is no such database.
+_NO_DATABASE: Final = re.compile(r"command .SELECT|SELECT is not|DB index")
 _INCOMPLETE: Final = object()
 
 
@@ -103,9 +110,22 @@ class Channel:
         died: done, with an exception, if reconnecting itself broke (a bug, not an outage).
     """
 
-    def __init__(self, pool: ConnectionPool, client_name: str | None, *, quiet: bool) -> None:
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        client_name: str | None,
+        refusals: Refusals,
+        silence: Silence,
+        *,
+        quiet: bool,
+    ) -> None:
         self._pool = pool
         self._client_name = client_name
+        self._refusals = refusals
+        self._silence = silence
+        self._reasons = Reasons()
+        self._troubled = False
+        self._replies = (self, "replies")
         self._log = log.debug if quiet else log.warning
         self._loop = asyncio.get_running_loop()
         self._link: _Link | None = None
@@ -114,6 +134,7 @@ class Channel:
         self._connected = asyncio.Event()
         self._connector: asyncio.Task[None] | None = None
         self._watchdog: asyncio.TimerHandle | None = None
+        self._watch_at = 0.0
         self._silent_since = 0.0
         self._patience = REPLY_PATIENCE
         self._closing = False
@@ -129,16 +150,22 @@ class Channel:
             timeout: seconds to keep trying.
 
         Raises:
-            RedisUnavailableError: the server was not reached in time, or refuses the credentials.
+            RedisUnavailableError: the server was not reached in time.
+            RedisRefusedError: it refuses the credentials, or the number of the database.
         """
         deadline = self._loop.time() + timeout
         pause = RETRY_PAUSE
         while True:
             try:
                 await self._connect()
-            except _REFUSALS as error:
-                raise RedisUnavailableError(f"Redis refuses the connection: {error}") from error
             except (RedisError, OSError) as error:
+                if _NO_DATABASE.search(str(error)):
+                    raise RedisRefusedError(
+                        f"Redis refuses the database number of REDIS_URL: {error} "
+                        "(a Sentinel, or a node of a cluster, has no numbers)"
+                    ) from error
+                if _is_refusal(error):
+                    raise RedisRefusedError(f"Redis refuses the connection: {error}") from error
                 if self._loop.time() + pause > deadline:
                     raise RedisUnavailableError(
                         f"Redis can't be reached within {timeout:g} s: {error}"
@@ -220,20 +247,34 @@ class Channel:
         self._link.transport.write(b"".join(self._outbox))
         self._outbox.clear()
         if self._watchdog is None:
-            self._watchdog = self._loop.call_later(1.0, self._watch)
+            self._watch_soon()
 
     def _watch(self) -> None:
         self._watchdog = None
         if not self._waiting:
             return
-        if self._loop.time() - self._silent_since > self._patience:
+        now = self._loop.time()
+        # While something blocked the loop, replies may have come: that is not the server's silence.
+        self._silent_since += max(0.0, now - self._watch_at)
+        silent = now - self._silent_since
+        if silent > self._patience:
             self._drop(RedisConnectionError(f"Redis gave no reply for {self._patience:g} s"))
-        else:
-            self._watchdog = self._loop.call_later(1.0, self._watch)
+            return
+        blocking = max(0.0, self._patience - REPLY_PATIENCE)
+        if silent - blocking >= SILENT_AFTER:
+            self._troubled = True
+            self._silence.begin(self, self._silent_since + blocking)
+        self._watch_soon()
+
+    def _watch_soon(self) -> None:
+        self._watch_at = self._loop.time() + WATCH_INTERVAL
+        self._watchdog = self._loop.call_at(self._watch_at, self._watch)
 
     def on_reply(self, reply: Any) -> None:
         """Give the next reply to the caller that has waited longest."""
         self._silent_since = self._loop.time()
+        if self._troubled:
+            self._note_reply(reply)
         if not self._waiting:
             self._drop(RedisConnectionError("Redis sent a reply that nobody asked for"))
             return
@@ -244,8 +285,18 @@ class Channel:
             return
         if not future.done():
             future.set_exception(reply)
+        if is_denial(reply):
+            self._troubled = True
+            self._refusals.note(self._replies)
         if isinstance(reply, WrongServerError):
             self._drop(reply)
+
+    def _note_reply(self, reply: Any) -> None:
+        """The server answers after a silence or a refusal."""
+        self._silence.end(self)
+        if not isinstance(reply, Exception):
+            self._refusals.over(self._replies)
+            self._troubled = False
 
     def on_lost(self, link: "_Link", reason: str) -> None:
         """The connection broke, or what came over it made no sense."""
@@ -268,6 +319,7 @@ class Channel:
             if not future.done():
                 future.set_exception(RedisConnectionError(str(reason)))
         if not self._closing:
+            self._reasons.is_new(str(reason))
             self._log("redis_connection_lost", reason=str(reason))
             # A server that answers at once, but wrongly, must not be asked in a tight loop.
             self._misled = isinstance(reason, WrongServerError)
@@ -277,21 +329,32 @@ class Channel:
 
     async def _reconnect(self, pause: float) -> None:
         lost_at = self._loop.time()
-        refused = False
         while True:
             await asyncio.sleep(pause)
             try:
                 await self._connect()
             except (RedisError, OSError) as error:
-                if isinstance(error, _REFUSALS) and not refused:
-                    refused = True
-                    self._log("redis_connection_refused", reason=str(error))
+                self._note_failure(error)
                 pause = min(max(pause * 2, RETRY_PAUSE), RETRY_PAUSE_MAX)
             else:
+                self._refusals.over(self)
+                self._reasons.forget()
                 self.restored_at = self._loop.time()
                 away = round(self.restored_at - lost_at, 1)
                 self._log("redis_connection_restored", after_s=away)
+                self._silence.end(self)
                 return
+
+    def _note_failure(self, error: Exception) -> None:
+        """Connecting has failed: each reason is told once."""
+        if _is_refusal(error):
+            event = "redis_connection_refused"
+            self._refusals.note(self)
+        else:
+            event = "redis_connection_failed"
+            self._refusals.forget()  # It is an outage, which is waited out.
+        if self._reasons.is_new(reason := str(error)):
+            self._log(event, reason=reason)
 
     def _note_end(self, connector: asyncio.Task[None]) -> None:
         if self._closing or self.died.done():
@@ -380,6 +443,10 @@ async def _refuse_replica(connection: AbstractConnection) -> None:
         return
     if "role:slave" in role:
         raise WrongServerError("the server is a replica")
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, _REFUSALS) or is_denial(error)
 
 
 def _reply_error(text: str) -> Exception:

@@ -11,10 +11,17 @@ from redis.asyncio.connection import Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, RedisError
 
 from autoflow_worker.connection_urls import redis_url
-from autoflow_worker.redis_channel import Channel, ServerNotReadyError, WrongServerError
+from autoflow_worker.outage import Reasons, Refusals, Silence
+from autoflow_worker.redis_channel import (
+    Channel,
+    CommandRefusedError,
+    ServerNotReadyError,
+    WrongServerError,
+)
+from autoflow_worker.redis_denials import is_denial
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +48,9 @@ class PipelinedRedis(Redis):
 
     Raises:
         ValueError: it does not take this one.
+
+    Attributes:
+        refusals: the server's, of connections, commands and scripts.
     """
 
     def __init__(self, url: str) -> None:
@@ -59,11 +69,16 @@ class PipelinedRedis(Redis):
         self.auto_close_connection_pool = True
         self._scripts: dict[str, AsyncScript] = {}
         self._refused: set[str] = set()
+        self._reasons = Reasons()
+        self.refusals = Refusals()
+        self._silence = Silence("redis_silent", "redis_answers_again")
         self._channels: list[Channel] = []
         self._shared = self._add_channel(None, quiet=False)
 
     def _add_channel(self, client_name: str | None, *, quiet: bool) -> Channel:
-        channel = Channel(self.connection_pool, client_name, quiet=quiet)
+        channel = Channel(
+            self.connection_pool, client_name, self.refusals, self._silence, quiet=quiet
+        )
         self._channels.append(channel)
         return channel
 
@@ -117,15 +132,31 @@ class PipelinedRedis(Redis):
                 reply = await self._shared.execute(command)
         except WrongServerError:
             raise
-        except ServerNotReadyError as error:
-            if not self._refused:
-                log.warning("redis_refuses_scripts", reason=str(error))
-            self._refused.add(script.sha)
+        except RedisError as error:
+            denied = is_denial(error)
+            if denied:
+                self.refusals.note(script.sha)
+            if denied or isinstance(error, ServerNotReadyError | CommandRefusedError):
+                if self._reasons.is_new(str(error)):
+                    log.warning("redis_refuses_scripts", reason=str(error))
+                self._refused.add(script.sha)
             raise
         if self._refused and script.sha in self._refused:
-            self._refused.clear()
-            log.warning("redis_takes_scripts_again")
+            self._take_again(script.sha)
         return reply
+
+    def _take_again(self, sha: str) -> None:
+        self.refusals.over(sha)
+        self._refused.clear()
+        self._reasons.forget()
+        log.warning("redis_takes_scripts_again")
+
+    async def ask(self, *command: Any) -> Any:
+        """Send any command over the shared connection; the reply as the server gave it.
+
+        A blocking command holds up everything else for as long as it blocks.
+        """
+        return await self._shared.execute(command)
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         if args[0] in BLOCKING_COMMANDS:

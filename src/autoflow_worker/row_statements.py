@@ -51,6 +51,32 @@ WORDS_OF_REFUSAL: Final = (
 )
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether PostgreSQL refuses the user, the password or the database's name: not an outage."""
+    words = str(error)
+    return isinstance(error, REFUSED) or (
+        isinstance(error, psycopg.OperationalError)
+        and error.sqlstate is None
+        and any(refusal in words for refusal in WORDS_OF_REFUSAL)
+    )
+
+
+def may_be_for_good(error: BaseException) -> bool:
+    """Whether waiting alone may not end this: a right or a table is gone, a constraint is there.
+
+    A check like that at the start has to tell; one row may be refused for reasons of its own.
+    """
+    return is_refusal(error) or (
+        isinstance(error, psycopg.Error)
+        and not isinstance(
+            error,
+            psycopg.OperationalError
+            | psycopg.InterfaceError
+            | psycopg.errors.ReadOnlySqlTransaction,
+        )
+    )
+
+
 class UnencodableError(ValueError):
     """A text that is no text, such as half a surrogate pair, can't be sent to PostgreSQL."""
 

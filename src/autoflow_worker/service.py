@@ -7,15 +7,20 @@ from typing import Any, Final, TypeVar
 import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from autoflow_worker.database import inspect_tasks_table
+from autoflow_worker.database import CONNECT_TIMEOUT, inspect_tasks_table
 from autoflow_worker.errors import (
+    DatabaseRefusedError,
     DatabaseUnavailableError,
+    DatabaseUnfitError,
     PartDiedError,
+    RedisRefusedError,
     RedisUnavailableError,
+    RedisUnfitError,
     WorkerError,
 )
-from autoflow_worker.fitness import assess_redis
+from autoflow_worker.fitness import RedisReport, examine_redis
 from autoflow_worker.job_queue import JobQueue
+from autoflow_worker.outage import Refusals
 from autoflow_worker.recorder import StatusRecorder
 from autoflow_worker.redis_client import PipelinedRedis
 from autoflow_worker.running_jobs import running_jobs
@@ -34,6 +39,8 @@ CLOSE_TIMEOUT: Final = 1.3
 FLUSH_TIMEOUT: Final = 0.2
 """Seconds after that for what the recorder still has: nobody waits for it any more."""
 
+OVERSEER_PATIENCE: Final = 0.2
+"""Seconds for an overseer to leave the server that it examines."""
 
 START_PAUSE: Final = 0.1
 """Seconds before a server that went away during the start is asked again."""
@@ -56,6 +63,7 @@ class WorkerService:
         self._recorder: StatusRecorder | None = None
         self._workers: list[TaskWorker] = []
         self._failure: asyncio.Future[None] | None = None
+        self._overseers: list[asyncio.Task[None]] = []
 
     async def run(self, stop: asyncio.Event, abort: asyncio.Event) -> int:
         """Work until `stop` is set; `abort` cuts the drain short.
@@ -117,14 +125,18 @@ class WorkerService:
     async def _open(self) -> None:
         """Connect to everything; all or none."""
         settings, timeout = self._settings, self._settings.worker_startup_timeout
-        database_url = settings.database_url.get_secret_value()
-        self._recorder = StatusRecorder(database_url, max_connections=settings.database_pool_max)
+        # Before the recorder connects: it sets session options, which a pooler would hand on.
+        await _persist(self._examine_database, timeout)
+        self._recorder = StatusRecorder(
+            settings.database_url.get_secret_value(), max_connections=settings.database_pool_max
+        )
         await self._recorder.open(timeout)
-        await _persist(lambda: inspect_tasks_table(database_url), timeout)
-        self._redis = PipelinedRedis(settings.redis_url.get_secret_value())
-        await self._redis.open(timeout)
-        info = await _persist(self._redis.info, timeout)
-        for warning in assess_redis(info).warnings:
+        self._recorder.refusals.patience = timeout
+        self._redis = redis = PipelinedRedis(settings.redis_url.get_secret_value())
+        await redis.open(timeout)
+        redis.refusals.patience = timeout
+        report = await _persist(lambda: self._examine_redis(redis), timeout)
+        for warning in report.warnings:
             log.warning("redis_unfit", reason=warning)
         for task in self._tasks:
             queue = JobQueue(
@@ -145,9 +157,31 @@ class WorkerService:
                 )
             )
 
+    async def _examine_database(self) -> None:
+        """Find out whether statuses can be recorded, as `check` does."""
+        settings = self._settings
+        await inspect_tasks_table(
+            settings.database_url.get_secret_value(),
+            queue=self._tasks[0].queue_name,
+            new_rows=settings.record_unknown_jobs,
+            patience=min(CONNECT_TIMEOUT, settings.worker_startup_timeout),
+        )
+
+    async def _examine_redis(self, redis: PipelinedRedis) -> RedisReport:
+        """Find out whether jobs can be run, as `check` does."""
+        queues = [task.queue_name for task in self._tasks]
+        return await examine_redis(redis, self._settings.bullmq_prefix, queues)
+
     def _start(self) -> None:
+        assert self._redis is not None
+        assert self._recorder is not None
         for worker in self._workers:
             worker.start()
+        oversee, create = self._oversee, asyncio.create_task
+        self._overseers = [
+            create(oversee(self._recorder.refusals, self._examine_database)),
+            create(oversee(self._redis.refusals, self._examine_redis_anew)),
+        ]
         log.info("worker_started", queues=[worker.task.queue_name for worker in self._workers])
 
     async def _watch(self, stop: asyncio.Event) -> None:
@@ -155,6 +189,7 @@ class WorkerService:
 
         Raises:
             PartDiedError: a part ended unasked.
+            WorkerError: a server refuses for good what the worker needs.
         """
         assert self._failure is not None
         stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
@@ -172,7 +207,8 @@ class WorkerService:
         assert self._redis is not None
         assert self._recorder is not None
         parts: list[asyncio.Future[Any]] = [*self._recorder.deaths(), *self._redis.deaths()]
-        return parts + [part for worker in self._workers for part in worker.deaths()]
+        parts += [part for worker in self._workers for part in worker.deaths()]
+        return [*parts, *self._overseers]
 
     def _raise_dead(self, parts: Collection[asyncio.Future[Any]]) -> None:
         if self._failure is not None and self._failure.done():
@@ -183,8 +219,40 @@ class WorkerService:
                 "handler left there, as a rule. The log has the traceback"
             )
         for part in parts:
+            if part in self._overseers and part.done() and not part.cancelled():
+                part.result()  # It says by its error that a server refuses for good.
             if part.done():
                 raise PartDiedError(f"{_name_of(part)} ended unasked: {_reason_of(part)}")
+
+    async def _oversee(self, refusals: Refusals, examine: Callable[[], Awaitable[Any]]) -> None:
+        """End with an error when a server refuses for good; an outage is waited out.
+
+        Raises:
+            WorkerError: the server refuses at a check what it has refused for long.
+        """
+        while True:
+            await refusals.lasting.wait()
+            try:
+                await examine()
+            except (
+                DatabaseRefusedError,
+                DatabaseUnfitError,
+                RedisRefusedError,
+                RedisUnfitError,
+            ) as error:
+                raise type(error)(f"refused for {refusals.patience:g} s: {error}") from None
+            except (DatabaseUnavailableError, RedisUnavailableError, RedisConnectionError):
+                pass
+            refusals.forget()
+
+    async def _examine_redis_anew(self) -> None:
+        """As `_examine_redis`, over a new connection: it is ours that may be refused."""
+        redis = PipelinedRedis(self._settings.redis_url.get_secret_value())
+        try:
+            await redis.open(CONNECT_TIMEOUT)
+            await self._examine_redis(redis)
+        finally:
+            await redis.aclose()
 
     async def _drain(self, abort: asyncio.Event) -> int:
         """Let what runs finish, until the deadline or `abort`; then cut it off.
@@ -237,7 +305,12 @@ class WorkerService:
 
     async def _close(self) -> None:
         """Close in the order of need: the recorder serves the workers, Redis serves both."""
+        for overseer in self._overseers:
+            overseer.cancel()
         await self._close_workers()
+        if self._overseers:
+            # One that is examining a server which hangs is not waited for any longer.
+            await asyncio.wait(self._overseers, timeout=OVERSEER_PATIENCE)
         if self._recorder is not None:
             await self._recorder.close(FLUSH_TIMEOUT)
         if self._redis is not None:
@@ -246,22 +319,24 @@ class WorkerService:
 
 
 async def _persist(ask: Callable[[], Awaitable[T]], timeout: float) -> T:
-    """Ask a server that was there a moment ago; if it went away, it may come back in time.
+    """Ask a server; one that is away may come in time.
 
     Raises:
-        WorkerError: it did not, within `timeout` seconds.
+        WorkerError: it did not, within `timeout` seconds, or it is not fit.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     while True:
         try:
             return await ask()
-        except RedisConnectionError as error:
+        except (DatabaseRefusedError, RedisRefusedError):
+            raise
+        except (RedisConnectionError, DatabaseUnavailableError) as error:
             if loop.time() > deadline:
+                if isinstance(error, DatabaseUnavailableError):
+                    reason = f"{error} (waited {timeout:g} s)"
+                    raise DatabaseUnavailableError(reason) from None
                 raise RedisUnavailableError(f"Redis went away: {error}") from error
-        except DatabaseUnavailableError:
-            if loop.time() > deadline:
-                raise
         await asyncio.sleep(START_PAUSE)
 
 

@@ -7,9 +7,12 @@ from urllib.parse import urlsplit
 import pytest
 from redis.asyncio import Redis
 
+from tests.support.configured import ConfiguredRedis, SentinelRedis
 from tests.support.database import Connection, Database, other_database
+from tests.support.pooler import TransactionPooler
 from tests.support.process import WorkerProcess, WorkerStarter
-from tests.support.servers import OwnServer
+from tests.support.servers import OwnServer, redis_programs
+from tests.support.until import until
 
 TASKS = """
     from autoflow_worker import define_task
@@ -141,13 +144,66 @@ async def test_redis_is_a_replica(worker_process: WorkerStarter, own_redis: OwnS
     assert "read-only replica" in message
 
 
+@pytest.mark.parametrize("program", ["redis-6.2", "valkey-8.1", "redis-8.2", "valkey-9.1"])
+@pytest.mark.parametrize("number", ["0", "1"])
+@pytest.mark.parametrize("kind", ["Sentinel", "cluster"])
+async def test_redis_is_no_single_server(
+    worker_process: WorkerStarter, kind: str, number: str, program: str
+) -> None:
+    executable = redis_programs().get(program)
+    if executable is None:
+        pytest.skip(f"no wheel with {program} is installed")
+    options = {"cluster-enabled": "yes", "appendonly": "no"}
+    made = (
+        SentinelRedis(executable=executable)
+        if kind == "Sentinel"
+        else ConfiguredRedis(executable=executable, **options)
+    )
+    server = OwnServer(made)
+    try:
+        await server.start()
+        url = server.url.removesuffix("0") + number
+        worker = worker_process(TASKS, REDIS_URL=url, WORKER_STARTUP_TIMEOUT="60")
+        assert kind in await refusal(worker, 3)
+    finally:
+        await server.close()
+
+
+async def test_the_redis_user_lacks_rights(
+    worker_process: WorkerStarter, own_redis: OwnServer, prefix: str
+) -> None:
+    async with Redis.from_url(own_redis.url) as client:
+        await client.acl_setuser(
+            "worker",
+            enabled=True,
+            passwords=[f"+{SECRET}"],
+            keys=[f"{prefix}:mails:*"],
+            commands=["-lpush", "-evalsha"],
+            categories=["+@all"],
+        )
+    url = own_redis.url.replace("redis://", f"redis://worker:{SECRET}@")
+    message = await refusal(worker_process(TASKS, REDIS_URL=url), 3)
+    assert "may not run EVALSHA" in message
+    assert "docs/permissions.md" in message
+    checked = worker_process(TASKS, command="check", REDIS_URL=url)
+    assert await checked.wait() == 3
+    assert "may not run EVALSHA" in checked.stdout
+    async with Redis.from_url(own_redis.url) as client:
+        await client.acl_setuser("worker", enabled=True, commands=["+evalsha"])
+        message = await refusal(worker_process(TASKS, REDIS_URL=url), 3)
+        assert "may not run LPUSH" in message
+        assert f"may not use the keys {prefix}:reports:*" in message
+
+
 # -- PostgreSQL ----------------------------------------------------------------------------------
 
 
 async def test_postgresql_can_not_be_reached(worker_process: WorkerStarter) -> None:
     url = f"postgresql://user:{SECRET}@127.0.0.1:1/autoflow"
     worker = worker_process(TASKS, DATABASE_URL=url, WORKER_STARTUP_TIMEOUT="0.3")
-    assert "PostgreSQL can't be reached within 0.3 s" in await refusal(worker, 3)
+    message = await refusal(worker, 3)
+    assert "PostgreSQL can't be reached" in message
+    assert "waited 0.3 s" in message
 
 
 async def test_the_table_is_missing(worker_process: WorkerStarter, db: Database) -> None:
@@ -199,7 +255,47 @@ async def test_the_user_may_not_log_in(
     assert "is not permitted to log in" in message
 
 
+async def test_rows_are_refused(worker_process: WorkerStarter, db: Database) -> None:
+    await db.execute("ALTER TABLE tasks ADD COLUMN tenant text NOT NULL")
+    message = await refusal(worker_process(TASKS), 3)
+    assert 'null value in column "tenant"' in message
+    checked = worker_process(TASKS, command="check")
+    assert await checked.wait() == 3
+    assert 'null value in column "tenant"' in checked.stdout
+    checked = worker_process(TASKS, command="check", RECORD_UNKNOWN_JOBS="false")
+    assert await checked.wait() == 0
+
+
+async def test_a_pooler_deals_out_sessions(worker_process: WorkerStarter, db: Database) -> None:
+    async with TransactionPooler(db.url) as pooler:
+        message = await refusal(worker_process(TASKS, DATABASE_URL=pooler.url), 3)
+        assert "PgBouncer in transaction or statement mode" in message
+    # The pooler's session, which others use, has no options of ours.
+    assert pooler.said.count(b"enable_seqscan") == 0
+
+
 # -- no refusal ----------------------------------------------------------------------------------
+
+
+async def test_a_table_that_is_locked_at_the_start_is_waited_for(
+    worker_process: WorkerStarter, db: Database
+) -> None:
+    async with await Connection.connect(db.url) as migration:
+        await migration.execute("LOCK TABLE tasks")
+        worker = worker_process(TASKS, WORKER_STARTUP_TIMEOUT="60")
+
+        async def waits() -> bool:
+            return bool(
+                await db.fetch(
+                    "SELECT FROM pg_stat_activity"
+                    " WHERE wait_event_type = 'Lock' AND application_name = 'autoflow-worker'"
+                )
+            )
+
+        await until(waits, 30)
+    await worker.until_logged("worker_started")
+    worker.terminate()
+    assert await worker.wait() == 0
 
 
 async def test_servers_that_come_late_are_waited_for(

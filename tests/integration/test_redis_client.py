@@ -5,9 +5,11 @@ import random
 import shutil
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -242,6 +244,56 @@ async def test_a_blocking_command_is_not_taken_for_silence(redis_url: str, prefi
         assert channel.is_connected
 
 
+async def test_silence_is_told_once_for_all_connections(
+    own_redis: OwnServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_channel, "SILENT_AFTER", 0.5)
+    client = await connect(own_redis.url)
+    channel = await client.open_blocking_channel("blocks", 5)
+    patience = 2.5 + redis_channel.REPLY_PATIENCE
+    with capture_logs() as log:
+        # Blocking is no silence, also where it takes longer.
+        assert await channel.execute(("BZPOPMIN", "marker", 2.5), patience=patience) is None
+        assert log == []
+        own_redis.suspend()
+        waiting = [asyncio.ensure_future(client.echo(word)) for word in ("a", "b")]
+        blocked = asyncio.ensure_future(channel.execute(("BZPOPMIN", "marker", 0.1), patience=10.1))
+        await until(lambda: len(client._silence._silent) == 2, 30)
+        own_redis.resume()
+        assert await asyncio.gather(*waiting) == ["a", "b"]
+        await blocked
+    assert [entry["event"] for entry in log] == ["redis_silent", "redis_answers_again"]
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_a_blocked_loop_is_not_the_servers_silence(
+    redis_url: str, loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_channel, "SILENT_AFTER", 1.5)
+
+    here, there = socket.socketpair()
+
+    def block() -> None:
+        here.recv(1)
+        time.sleep(3)
+
+    async def story() -> None:
+        async with connected(redis_url) as client:
+            # uvloop looks at its timers next, and only then at what has come.
+            asyncio.get_running_loop().add_reader(here, block)
+            for _ in range(2):
+                there.send(b"!")
+                assert await client.echo("word") == "word"
+            asyncio.get_running_loop().remove_reader(here)
+
+    with here, there, capture_logs() as log:
+        if loop == "asyncio":
+            await story()
+        else:
+            await asyncio.to_thread(uvloop.run, story())
+    assert log == []
+
+
 async def test_a_client_that_is_closed_says_so(redis_url: str) -> None:
     client = PipelinedRedis(redis_url)
     await client.open(5)
@@ -272,9 +324,18 @@ async def test_a_replica_is_left_for_the_primary(own_redis: OwnServer, connect: 
             assert not waiting.done()
             await admin.replicaof("NO", "ONE")
         assert await waiting
-    # However often it was tried.
-    events = [entry["event"] for entry in log]
-    assert events == ["redis_connection_lost", "redis_connection_restored"]
+    # However often it was tried: each reason is told once.
+    assert_told_once(log)
+
+
+def assert_told_once(log: Sequence[MutableMapping[str, Any]]) -> None:
+    """One outage, with each of its reasons once, and its end."""
+    first, *others, last = log
+    assert first["event"] == "redis_connection_lost"
+    assert {entry["event"] for entry in others} <= {"redis_connection_failed"}
+    reasons = [entry["reason"] for entry in (first, *others)]
+    assert len(set(reasons)) == len(reasons), reasons
+    assert last["event"] == "redis_connection_restored"
 
 
 async def connections_since(admin: Redis, before: int, more: int) -> bool:
@@ -302,8 +363,7 @@ async def test_a_server_that_loads_is_waited_for(connect: Connect) -> None:
             assert await client.get("key") == "value"
     finally:
         await own.close()
-    events = [entry["event"] for entry in log]
-    assert events == ["redis_connection_lost", "redis_connection_restored"]
+    assert_told_once(log)
 
 
 @pytest.mark.parametrize("rubbish", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff\0", b"+OK\r\n"])

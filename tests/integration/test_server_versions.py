@@ -5,6 +5,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from autoflow_worker import TaskContext, TaskOptions, define_task
 from autoflow_worker.reconcile import reconcile
@@ -13,6 +14,7 @@ from autoflow_worker.redis_client import PipelinedRedis
 from tests.support.api import Api, Json
 from tests.support.database import Connection, Database, check_rows
 from tests.support.node import Node
+from tests.support.permissions import documented_rules
 from tests.support.running import running
 from tests.support.servers import OwnServer, postgres_programs, redis_programs
 from tests.support.until import until
@@ -74,7 +76,13 @@ async def test_redis(
     if program is None:
         pytest.skip(f"no wheel with {name} is installed")
     server = await make_redis(program=program, appendonly=False)
-    where = {"redis_url": server.url, "database_url": database_url, "prefix": prefix}
+    # The worker's user has the documented rights and no other.
+    async with Redis.from_url(server.url) as admin:
+        rules = [rule.replace("~bull:", f"~{prefix}:") for rule in documented_rules()]
+        command = ("ACL", "SETUSER", "autoflow", "reset", "on", ">secret", *rules)
+        await admin.execute_command(*command)  # type: ignore[no-untyped-call]
+    url = server.url.replace("redis://", "redis://autoflow:secret@")
+    where = {"redis_url": url, "database_url": database_url, "prefix": prefix}
     async with Node(5, server.url, prefix) as node:
         await run_some_jobs(Api(db, node), **where)
 

@@ -649,7 +649,8 @@ async def test_17_a_marker_that_is_taken_while_closing_is_put_back(stage: Stage)
     assert await stage.is_missing(stage.key("plain", "marker"))
 
     async with Proxy(stage.redis_url) as proxy:
-        wait = proxy.hold_reply_to(b"BZPOPMIN")
+        # Its seconds, as BZPOPMIN is tried at the start, too.
+        wait = proxy.hold_reply_to(b"12.5")
         task = define_task("ours", stage.our_handler)
         async with stage.run_ours(task, url=proxy.url) as running_worker:
             await until_idle(stage.redis, stage.our_name)
@@ -657,7 +658,10 @@ async def test_17_a_marker_that_is_taken_while_closing_is_put_back(stage: Stage)
             await wait.sprung.wait()
             running_worker.stopping.set()
             # It asks the server to end the read, which has ended already.
-            await until(lambda: any(b"UNBLOCK" in command for command in proxy.commands))
+            reading = running_worker.service._workers[0]._queue._blocking
+            assert reading is not None
+            unblock = [b"CLIENT", b"UNBLOCK", str(reading.client_id).encode()]
+            await until(lambda: unblock in proxy.commands)
             wait.release()
             assert await running_worker.stop() == 0
     assert stage.ended == []

@@ -19,8 +19,8 @@ class ConfiguredRedis(EmbeddedRedis):
         until_loaded: whether `start()` waits until the data is loaded, or only for an answer.
     """
 
-    def __init__(self, **options: str) -> None:
-        super().__init__(appendonly=True)
+    def __init__(self, *, executable: Path | None = None, **options: str) -> None:
+        super().__init__(appendonly=True, executable=executable)
         self.options = options
         self.until_loaded = True
 
@@ -48,3 +48,12 @@ class ConfiguredRedis(EmbeddedRedis):
             connection.sendall(b"PING\r\n")
             return bool(connection.recv(100))
         return False
+
+
+class SentinelRedis(EmbeddedRedis):
+    """A Sentinel, which watches nobody."""
+
+    def _command(self) -> Sequence[str | Path]:
+        settings = self.directory / "sentinel.conf"
+        settings.write_text(f"port {self.port}\nbind 127.0.0.1\ndir {self.directory}\n")
+        return [self._executable, settings, "--sentinel"]

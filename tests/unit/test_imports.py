@@ -17,8 +17,11 @@ ORDER = """
     worker_options payload task loader
     digits cleaning storable failure record
     breakages handler_threads execution handler_tasks retry
-    writes row_statements refusals postgres_link recorder_lane recorder database
-    redis_channel redis_client fitness queue_scripts script_guard claim completion job_queue
+    outage
+    writes row_statements refused_rows postgres_link recorder_lane recorder
+    pooler row_probe database
+    redis_denials redis_channel redis_client redis_rights fitness
+    queue_scripts script_guard claim completion job_queue
     fetcher keepers held_outcomes job_history job_run running_jobs task_worker
     new_rows scheduler
     signals service
@@ -38,6 +41,8 @@ DRIVERS = {
         "row_statements",
         "postgres_link",
         "recorder_lane",
+        "pooler",
+        "row_probe",
         "database",
         "connection_urls",
         "new_rows",

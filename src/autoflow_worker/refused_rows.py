@@ -15,7 +15,7 @@ MAX_REMEMBERED: Final = 1000
 """Rows that are remembered as refused; the oldest is forgotten for one more, and said again."""
 
 
-class Refusals:
+class RefusedRows:
     """Remembers which rows were refused, so that each is said once, however often it is tried."""
 
     def __init__(self) -> None:
