@@ -5,11 +5,16 @@ ARG BUILD_IMAGE=${BASE_IMAGE}
 
 FROM ${BUILD_IMAGE} AS build
 # Without pip, which installs from outside and stays in this stage.
-RUN python3 -m venv --without-pip /opt/venv
+RUN python3 -m venv --without-pip /opt/venv && python3 -m venv --without-pip /opt/build
 WORKDIR /src
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+COPY requirements requirements
+RUN python3 -m pip --python /opt/venv/bin/python install --require-hashes -r requirements/worker.lock \
+ && python3 -m pip --python /opt/build/bin/python install --require-hashes -r requirements/build.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN python3 -m pip --python /opt/venv/bin/python install --no-cache-dir .
+RUN python3 -m pip --python /opt/build/bin/python wheel --no-deps --no-build-isolation -w dist . \
+ && python3 -m pip --python /opt/venv/bin/python install --no-deps dist/*.whl
 
 FROM ${BASE_IMAGE}
 # By number, because Kubernetes' runAsNonRoot can't tell what a name stands for.

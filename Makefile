@@ -15,22 +15,26 @@ TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(2 * (os.cpu_count() or 1))' 
 CODE := src tests $(wildcard bench chaos examples scripts)
 
 INSTALLED := $(VENV)/.installed
+LOCKS := requirements
 NODE_INSTALLED := $(NODE_DIR)/node_modules/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev-worker start-worker init-db test lint format types docker-build docker-run image-test bench chaos crashes interleavings clean
+.PHONY: help setup demo dev-worker start-worker init-db test test-matrix lint format types lock docker-build docker-run image-test bench chaos crashes interleavings clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(INSTALLED): pyproject.toml
+PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
+
+$(INSTALLED): pyproject.toml $(LOCKS)/dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or later is needed, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP_INSTALL) --require-hashes --requirement $(LOCKS)/dev.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(NODE_INSTALLED): $(NODE_DIR)/package.json $(NODE_DIR)/package-lock.json $(NODE_DIR)/install $(INSTALLED)
+$(NODE_INSTALLED): $(NODE_DIR)/package.json $(NODE_DIR)/package-lock.json $(NODE_DIR)/install $(LOCKS)/node.lock $(INSTALLED)
 	$(NODE_DIR)/install $(BIN)/python
 	@touch $@
 
@@ -51,6 +55,9 @@ init-db: $(INSTALLED) ## create the tasks table in DATABASE_URL if it is missing
 test: $(INSTALLED) $(NODE_INSTALLED) ## run the tests (TESTS=tests/unit, TEST_JOBS=4)
 	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist worksteal $(TESTS)
 
+test-matrix: ## run the tests on each Python from 3.11 on that this machine has (TESTS, TEST_JOBS as above)
+	$(PYTHON) scripts/test_matrix.py
+
 lint: $(INSTALLED) ## check the code's style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,6 +68,10 @@ format: $(INSTALLED) ## format the code, and mend what can be mended
 
 types: $(INSTALLED) ## check the types, strictly
 	$(BIN)/mypy $(CODE)
+
+lock: $(INSTALLED) ## write requirements/*.lock anew after a change of pyproject.toml (UPGRADE=1: the newest versions)
+	$(PIP_INSTALL) 'uv>=0.13,<0.14'
+	$(BIN)/python -m scripts.lock $(if $(UPGRADE),--upgrade)
 
 docker-build: ## build the image (IMAGE=name, BASE_IMAGE=python:3.13-slim)
 	docker build --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) .
@@ -84,5 +95,5 @@ crashes: $(INSTALLED) $(NODE_INSTALLED) ## kill a worker a hundred times at each
 	$(BIN)/python -m chaos.failpoints
 
 clean: ## remove everything that make and the tools created
-	rm -rf $(VENV) $(NODE_DIR)/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) .venv-3.* $(NODE_DIR)/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

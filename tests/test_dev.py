@@ -28,7 +28,7 @@ async def running_queue(dev: WorkerProcess, queue: str) -> None:
         assert dev.running, dev.report()
         return [queue] in [entry["queues"] for entry in dev.logged("worker_started")]
 
-    await until(seen, 30, message=dev.report)
+    await until(seen, message=dev.report)
 
 
 async def test_a_change_starts_the_worker_again(

@@ -153,6 +153,23 @@ async def test_embedded_servers_die_with_their_process() -> None:
     assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == "zombie"
 
 
+async def test_embedded_servers_end_where_a_shell_had_signals_ignored() -> None:
+    script = (
+        "from autoflow_worker import embedded\n"
+        "embedded.STOP_TIMEOUT = 3600.0\n"
+        "with embedded.embedded_redis(), embedded.embedded_postgres(): pass\n"
+    )
+    # As a shell does for what it starts in the background.
+    ignoring = ("/bin/sh", "-c", 'trap "" INT QUIT; exec "$@"', "sh")
+    process = await asyncio.create_subprocess_exec(*ignoring, sys.executable, "-c", script)
+    try:
+        async with asyncio.timeout(45):
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+
+
 def test_embedded_servers_leave_nothing_behind() -> None:
     with embedded.embedded_redis() as url, redis.Redis.from_url(url) as client:
         directory = Path(client.config_get("dir")["dir"])

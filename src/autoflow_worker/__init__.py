@@ -3,15 +3,23 @@
 from typing import TYPE_CHECKING, Any
 
 from autoflow_worker.errors import PayloadError, WorkerError
-from autoflow_worker.task import (
-    DelayedError,
-    TaskContext,
-    TaskDefinition,
-    TaskOptions,
-    UnrecoverableError,
-    WaitingChildrenError,
-    define_task,
-)
+from autoflow_worker.libraries import mismatch_of_import
+
+try:
+    from autoflow_worker.task import (
+        DelayedError,
+        TaskContext,
+        TaskDefinition,
+        TaskOptions,
+        UnrecoverableError,
+        WaitingChildrenError,
+        define_task,
+    )
+except ImportError as error:
+    # bullmq 3.0 lacks names that are passed on here.
+    if mismatch := mismatch_of_import(error):
+        raise mismatch from None
+    raise
 
 if TYPE_CHECKING:
     from autoflow_worker.scheduler import TaskScheduler

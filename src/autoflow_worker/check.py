@@ -12,6 +12,7 @@ from autoflow_worker.errors import RedisUnavailableError, SettingsError, WorkerE
 from autoflow_worker.fitness import examine_redis
 from autoflow_worker.loader import load_tasks
 from autoflow_worker.masking import mask_secrets
+from autoflow_worker.official_worker import official_worker
 from autoflow_worker.redis_client import PipelinedRedis
 from autoflow_worker.settings import Settings
 
@@ -89,6 +90,7 @@ def _task_list(settings: Settings, queues: list[str]) -> list[str]:
 async def _redis(settings: Settings, queues: Sequence[str]) -> list[str]:
     client = PipelinedRedis(settings.redis_url.get_secret_value())
     try:
+        official_worker("check", client, settings.bullmq_prefix, {})
         await client.open(min(PATIENCE, settings.worker_startup_timeout))
         # Without a task list there are no queues under whose prefixes commands could be tried.
         report = await examine_redis(client, settings.bullmq_prefix, queues)

@@ -21,6 +21,7 @@ import structlog
 
 from autoflow_worker import __version__
 from autoflow_worker.errors import WorkerError
+from autoflow_worker.libraries import mismatch_of_import
 from autoflow_worker.logs import configure_logging, flush_logs
 from autoflow_worker.masking import mask_secrets
 from autoflow_worker.retry import MAX_DELAY_MS
@@ -340,13 +341,18 @@ def _result(argv: Sequence[str] | None) -> tuple[int, str | None]:
         return error.exit_code, _usage(error)
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED, None
-    except SystemExit as error:
-        words = mask_secrets(f"foreign code called sys.exit({error.code!r}), outside of any job")
-        return WorkerError.exit_code, f"autoflow-worker: {words}"
-    except Exception:
-        words = mask_secrets(traceback.format_exc())
-        return WorkerError.exit_code, f"autoflow-worker: {words}"
+    except (Exception, SystemExit) as error:
+        return WorkerError.exit_code, f"autoflow-worker: {mask_secrets(_accident(error))}"
     return code if isinstance(code, int) else 0, None
+
+
+def _accident(error: BaseException) -> str:
+    """What is to be told of an error that nobody raises on purpose."""
+    if isinstance(error, SystemExit):
+        return f"foreign code called sys.exit({error.code!r}), outside of any job"
+    if isinstance(error, ImportError) and (mismatch := mismatch_of_import(error)):
+        return str(mismatch)
+    return traceback.format_exc()
 
 
 def _usage(error: click.ClickException) -> str:

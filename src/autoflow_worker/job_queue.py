@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from bullmq import Job, Worker
+from bullmq import Job
 from bullmq.error_code import ErrorCode
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
@@ -31,6 +31,7 @@ from autoflow_worker.claim import (
     read_claim,
 )
 from autoflow_worker.completion import CompletionArguments
+from autoflow_worker.official_worker import official_worker
 from autoflow_worker.queue_scripts import (
     ADOPT,
     BURY,
@@ -82,6 +83,9 @@ class JobQueue:
         prefix: BullMQ's key prefix.
         options: BullMQ worker options.
         max_data: bytes of a job's `data`, at most; a job with more is refused unparsed.
+
+    Raises:
+        LibraryMismatchError: the installed bullmq differs from the one that this package knows.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class JobQueue:
         self._redis = redis
         self._prefix = prefix
         self._options = options
-        self._worker = Worker(name, None, {**options, "connection": redis, "prefix": prefix})
+        self._worker = official_worker(name, redis, prefix, options)
         self.lock_ms = int(self._worker.opts["lockDuration"])
         self._lock_s = self.lock_ms / 1000
         self._max_data = max_data

@@ -49,6 +49,7 @@ class Keepers:
 
     async def watch_stalled(self) -> None:
         interval = self._options.get("stalledInterval", STALLED_INTERVAL_MS) / 1000
+        now = asyncio.get_running_loop().time
         while True:
             await self._queue.connected()
             if (left := self._calm_in()) > 0:
@@ -56,9 +57,10 @@ class Keepers:
                 continue
             try:
                 # Our own are renewed last of all: a server that hung takes commands in their order.
+                began = now()
                 await self._queue.extend(list(self._running))
-                if self._calm_in() > 0:
-                    continue  # It has waited for the connection.
+                if self._calm_in() > 0 or now() - began > self._renew_every:
+                    continue  # It has waited for the connection, or this process stood still.
                 stalled = await self._queue.check_stalled()
             except RedisConnectionError:
                 await asyncio.sleep(OUTAGE_PAUSE_MAX)

@@ -14,6 +14,7 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError, RedisError
 
 from autoflow_worker.connection_urls import redis_url
+from autoflow_worker.libraries import require_known_redis
 from autoflow_worker.outage import Reasons, Refusals, Silence
 from autoflow_worker.redis_channel import (
     Channel,
@@ -48,12 +49,14 @@ class PipelinedRedis(Redis):
 
     Raises:
         ValueError: it does not take this one.
+        LibraryMismatchError: the installed redis-py differs from the one that this package knows.
 
     Attributes:
         refusals: the server's, of connections, commands and scripts.
     """
 
     def __init__(self, url: str) -> None:
+        require_known_redis()
         url = redis_url(url)
         pool = ConnectionPool.from_url(
             url,

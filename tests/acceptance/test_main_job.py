@@ -65,7 +65,7 @@ async def finished(worker: WorkerProcess, db: Database) -> None:
         statuses = await db.statuses()
         return statuses["completed"] + statuses["failed"] == JOBS
 
-    await until(all_terminal, 40, message="all rows to be terminal")
+    await until(all_terminal, 120, message="all rows to be terminal")
 
 
 async def check_rows(db: Database, ids: list[str]) -> Mapping[str, TaskRow]:
@@ -129,7 +129,7 @@ async def test_a_sigterm_in_the_middle(
     async def in_the_middle() -> bool:
         return (await db.statuses())["completed"] >= JOBS // 4
 
-    await until(in_the_middle, 30)
+    await until(in_the_middle)
     assert (await db.statuses())["active"] > 0
     first.terminate()
     assert await first.wait(20) == 0, first.report()

@@ -84,7 +84,7 @@ async def test_what_runs_is_finished_and_what_waits_is_left(
     worker_process: WorkerStarter, api: Api
 ) -> None:
     worker = worker_process(TASKS, **GRACE)
-    running = await running_job(api, worker, 0.5)
+    running = await running_job(api, worker, 3)
     waiting = await api.schedule(QUEUE, {"seconds": 0})
     worker.terminate()
     assert await worker.wait() == 0, worker.report()

@@ -25,7 +25,7 @@ QUEUE = "closing"
 GRACE = 0.5
 LIMIT = GRACE + 2
 # What a busy machine may add to the limit.
-SLACK = 1.5
+SLACK = 10
 
 
 class Handler:
@@ -186,7 +186,7 @@ async def test_a_stop_at_any_instant_strands_no_job(
     )
     with monkeypatch.context() as patch:
         patch.setattr(part, method, instant(stop, getattr(part, method)))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await service.run(stop, asyncio.Event()) == EXIT_CLEAN
     await queue.assert_nothing_is_stranded()
     async with run_worker([a_task(handler)]):

@@ -271,7 +271,7 @@ HANGING_TASKS = f"""
     async def hang(payload, ctx):
         await asyncio.Event().wait()
 
-    options = {{"lockDuration": 500, "stalledInterval": 100}}
+    options = {{"lockDuration": 1500, "stalledInterval": 500}}
     tasks = [define_task("{QUEUE}", hang, worker_options=options)]
 """
 

@@ -82,7 +82,7 @@ class Scene:
     async def until_completed(self, *jobs: str) -> None:
         """Wait until both stores say so."""
         for job in jobs:
-            await self.db.until_status(job, "completed", timeout=30)
+            await self.db.until_status(job, "completed")
 
             async def acknowledged(job: str = job) -> bool:
                 return await self.state(job) == "completed"
@@ -285,18 +285,18 @@ async def test_a_signal_that_comes_during_an_outage(scene: Scene) -> None:
 async def test_what_was_due_during_an_outage(scene: Scene) -> None:
     scene.worker_options = {"drainDelay": 60}
     async with scene.work():
-        await scene.add("fails", payload={"failures": 1}, attempts=2, backoff=400)
-        await scene.add("is-delayed", delay=400)
+        await scene.add("fails", payload={"failures": 1}, attempts=2, backoff=2500)
+        await scene.add("is-delayed", delay=2500)
         await scene.db.until_status("fails", "delayed")
         async with killed(scene):
-            await pass_time(0.5)
+            await pass_time(2.6)
         await scene.until_completed("fails", "is-delayed")
     assert scene.runs == {"fails": 2, "is-delayed": 1}
 
 
 async def test_an_outage_longer_than_the_locks(scene: Scene) -> None:
     """Who holds a job renews its lock before anybody takes the job for stalled."""
-    scene.worker_options = {"lockDuration": 1000, "stalledInterval": 300}
+    scene.worker_options = {"lockDuration": 2000, "stalledInterval": 500}
     async with scene.work(), scene.work():
         jobs = [f"held-{n}" for n in range(6)]
         await scene.add(*jobs, payload={"held": True})
@@ -306,7 +306,7 @@ async def test_an_outage_longer_than_the_locks(scene: Scene) -> None:
             # Just after a check, which marks what has no lock at the next one.
             await scene.until_checked()
             await scene.server.stop()
-            await pass_time(1.2)
+            await pass_time(2.2)
             await scene.server.start()
             for _ in range(2):
                 await scene.until_checked()
@@ -433,7 +433,7 @@ async def test_a_lost_reply_to_a_fetch(scene: Scene) -> None:
 
 @pytest.mark.parametrize("script", ["extendLocks", "moveStalledJobsToWait"])
 async def test_a_lost_reply_to_a_keeper(scene: Scene, script: str) -> None:
-    scene.worker_options = {"lockDuration": 1000, "stalledInterval": 300}
+    scene.worker_options = {"lockDuration": 2000, "stalledInterval": 500}
     async with scene.work():
         await scene.add("held", payload={"held": True})
         await scene.db.until_status("held", "active")

@@ -185,7 +185,7 @@ class Poisoned:
     async def until_all_ended(self) -> None:
         """A sound job that was added last has run, and nothing is left anywhere."""
         await self.add("the-next")
-        await self.db.until_status("the-next", "completed", timeout=30)
+        await self.db.until_status("the-next", "completed")
 
         async def settled() -> bool:
             left = [await self.raw.llen(self.base + name) for name in (b"wait", b"active")]

@@ -82,7 +82,7 @@ async def recording(url: str, connections: int = 1) -> AsyncIterator[StatusRecor
     try:
         yield opened
     finally:
-        await opened.close(5)
+        await opened.close(60)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ async def keeper(db: Database) -> AsyncIterator[StatusRecorder]:
 
 
 async def settled(*writes: Write) -> list[Verdict]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await asyncio.gather(*(write.ready for write in writes))
         return list(await asyncio.gather(*(write.settled for write in writes)))
 
@@ -756,7 +756,7 @@ async def test_conflicts_are_tried_again(keeper: StatusRecorder, db: Database, c
 
 
 async def test_a_real_deadlock_is_tried_again(db: Database) -> None:
-    first = await db.insert_task(QUEUE, {"hold": 0.3, "times": 1}, task_id="first")
+    first = await db.insert_task(QUEUE, {"hold": 1.5, "times": 1}, task_id="first")
     second = await db.insert_task(QUEUE, task_id="second")
     await db.execute(SPY)
     url = with_settings(db.url, deadlock_timeout="10ms", lock_timeout="10s")

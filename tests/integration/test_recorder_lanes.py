@@ -37,7 +37,7 @@ async def recording(url: str, connections: int) -> AsyncIterator[StatusRecorder]
     try:
         yield recorder
     finally:
-        await recorder.close(5)
+        await recorder.close(60)
 
 
 @asynccontextmanager

@@ -181,10 +181,11 @@ async def test_a_check_for_a_moment_under_load(
 @pytest.mark.usefixtures("impatient")
 async def test_a_column_that_has_to_be_filled_in(run_worker: RunWorker, jobs: Jobs) -> None:
     handler = Handler()
-    await jobs.db.execute("ALTER TABLE tasks ADD COLUMN wanted text NOT NULL")
-    ids = [await jobs.api.node.add(QUEUE, {"n": n}, jobId=f"job-{n}") for n in range(30)]
     with capture_logs() as logs:
         async with run_worker([handler.task(10)]):
+            # A start would refuse it.
+            await jobs.db.execute("ALTER TABLE tasks ADD COLUMN wanted text NOT NULL")
+            ids = [await jobs.api.node.add(QUEUE, {"n": n}, jobId=f"job-{n}") for n in range(30)]
             await until(lambda: len(events(logs, "job_runs_again")) >= 10, 60)
             # Handlers did start; but nobody was told, as there is no row that could say it.
             assert handler.ran

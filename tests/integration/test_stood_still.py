@@ -12,7 +12,9 @@ def task_that_notes(runs: list[str]) -> TaskDefinition[dict[str, object]]:
     async def handler(payload: dict[str, object], ctx: TaskContext) -> None:
         runs.append(ctx.task_id)
 
-    return define_task(QUEUE, handler, worker_options={"lockDuration": 500, "stalledInterval": 200})
+    return define_task(
+        QUEUE, handler, worker_options={"lockDuration": 1500, "stalledInterval": 500}
+    )
 
 
 async def test_a_claim_that_arrives_after_its_lock_expired_changes_nothing(

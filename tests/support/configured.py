@@ -31,7 +31,7 @@ class ConfiguredRedis(EmbeddedRedis):
     async def load_slowly(self) -> None:
         """Take some seconds to load the data at each start from now on, answering LOADING."""
         self.until_loaded = False
-        self.options["key-load-delay"] = "100"  # microseconds for each command in the log
+        self.options["key-load-delay"] = "200"  # microseconds for each command in the log
         async with Redis.from_url(self.url) as client:
             fill = "for _ = 1, 10000 do redis.call('INCR', KEYS[1]) end"
             await cast(Awaitable[None], client.eval(fill, 1, "something-to-load"))
@@ -44,7 +44,7 @@ class ConfiguredRedis(EmbeddedRedis):
         if self.until_loaded:
             return super()._answers()
         address = ("127.0.0.1", self.port)
-        with suppress(OSError), socket.create_connection(address, timeout=1) as connection:
+        with suppress(OSError), socket.create_connection(address, timeout=5) as connection:
             connection.sendall(b"PING\r\n")
             return bool(connection.recv(100))
         return False

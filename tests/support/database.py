@@ -13,7 +13,7 @@ from psycopg.types.json import Jsonb
 from pydantic import ValidationError
 
 from tests.support.row import TaskRow
-from tests.support.until import until
+from tests.support.until import PATIENCE, until
 
 SCHEMA = files("autoflow_worker").joinpath("schema.sql").read_text()
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -112,7 +112,9 @@ class Database:
             dict(await self.fetch("SELECT data->>'status', count(*) FROM tasks GROUP BY 1"))
         )
 
-    async def until_status(self, task_id: str, *statuses: str, timeout: float = 15.0) -> TaskRow:
+    async def until_status(
+        self, task_id: str, *statuses: str, timeout: float = PATIENCE
+    ) -> TaskRow:
         """Wait until a row has one of these statuses, and return it."""
 
         async def reached() -> bool:

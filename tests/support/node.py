@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from tests.support.database import new_task_id
-from tests.support.until import until
+from tests.support.until import PATIENCE, until
 
 FOLDER = Path(__file__).parents[1] / "node"
 NODE = FOLDER / "node_modules" / ".node"
@@ -221,7 +221,7 @@ class Node:
         ]
 
     async def until_heard(
-        self, name: str, job_id: str | None = None, timeout: float = 15.0
+        self, name: str, job_id: str | None = None, timeout: float = PATIENCE
     ) -> Event:
         """Wait for an event and return the first of its kind."""
 

@@ -42,7 +42,7 @@ async def end(worker: Worker) -> None:
     left = {worker.task, closing, *worker.processing}
     for task in left:
         task.cancel()
-    await asyncio.wait(left, timeout=5)
+    await asyncio.wait(left, timeout=20)
     for task in left:
         if task.done() and not task.cancelled():
             task.exception()

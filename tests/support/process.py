@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.until import until
+from tests.support.until import PATIENCE, until
 
 # Kills the process group when the test run dies without having said a word.
 _REAPER = 'read -r _ || kill -KILL -- "-$1" 2>/dev/null'
@@ -73,7 +73,7 @@ class WorkerProcess:
         """The log lines of one event so far."""
         return [entry for entry in self.logs if entry.get("event") == event]
 
-    async def until_logged(self, event: str, timeout: float = 20.0) -> dict[str, Any]:
+    async def until_logged(self, event: str, timeout: float = PATIENCE) -> dict[str, Any]:
         """Wait for an event in the log and return its first line; fails if the process ends."""
 
         def seen() -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ class WorkerProcess:
     def kill(self) -> None:
         self.send(signal.SIGKILL)
 
-    async def wait(self, timeout: float = 30.0) -> int:
+    async def wait(self, timeout: float = PATIENCE) -> int:
         """Wait for its end, and return its exit code (negative: the signal that ended it)."""
         await until(lambda: not self.running, timeout, message=self.report)
         return self.process.returncode

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from autoflow_worker import TaskDefinition
 from autoflow_worker.service import WorkerService
 from autoflow_worker.settings import Settings
-from tests.support.until import until
+from tests.support.until import PATIENCE, until
 
 Tasks = Sequence[TaskDefinition[Any]]
 
@@ -78,7 +78,7 @@ async def running(
     Raises:
         WorkerError: it could not start; the block is not entered.
     """
-    given = {"worker_shutdown_grace": 10.0, "worker_startup_timeout": 15.0, **settings}
+    given = {"worker_shutdown_grace": PATIENCE, "worker_startup_timeout": PATIENCE, **settings}
     service = WorkerService(
         Settings(redis_url=redis_url, database_url=database_url, bullmq_prefix=prefix, **given),
         tasks,

@@ -77,7 +77,7 @@ class OwnServer:
         family = self._family()
         await asyncio.to_thread(self.server.stop, signal.SIGKILL)
         # PostgreSQL's other processes notice by themselves, and only then can it start again.
-        await asyncio.to_thread(psutil.wait_procs, family, 10)
+        await asyncio.to_thread(psutil.wait_procs, family, 60)
 
     async def restart(self) -> None:
         """Stop it in good order and start it again."""

@@ -8,10 +8,14 @@ from typing import Any
 
 INTERVAL = 0.01
 
+PATIENCE = 60.0
+"""Seconds that something may take on a machine that is busy with other things; a test that passes
+never waits for their end."""
+
 
 async def until(
     condition: Callable[[], object],
-    timeout: float = 15.0,
+    timeout: float = PATIENCE,
     *,
     message: str | Callable[[], str] = "",
 ) -> Any:
@@ -19,7 +23,7 @@ async def until(
 
     Args:
         condition: a function, or a coroutine function; one that raises fails the test at once.
-        timeout: seconds; generous, because a machine may be slow and a passing test never waits.
+        timeout: seconds.
         message: what was waited for, or a function that says it when the time is over.
     """
     deadline = time.monotonic() + timeout

@@ -12,7 +12,7 @@ SOURCE = Path(autoflow_worker.__file__).parent
 
 # Each imports only from what stands above it.
 ORDER = """
-    errors masking connection_urls lookalikes failpoints log_writer fork_guard watchdog
+    errors libraries masking connection_urls lookalikes failpoints log_writer fork_guard watchdog
     settings logs env_files
     worker_options payload task loader
     digits cleaning storable failure record
@@ -21,7 +21,7 @@ ORDER = """
     writes row_statements refused_rows postgres_link recorder_lane recorder
     pooler row_probe database
     redis_denials redis_channel redis_client redis_rights fitness
-    queue_scripts script_guard claim completion job_queue
+    queue_scripts script_guard claim completion official_worker job_queue
     fetcher keepers held_outcomes job_history job_run running_jobs task_worker
     new_rows scheduler
     signals service
@@ -49,9 +49,18 @@ DRIVERS = {
         "reconcile",
         "demo_jobs",
     },
-    # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker;
+    # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker that
+    # official_worker makes;
     # reconcile and demo_jobs read states.
-    "bullmq": {"task", "claim", "job_queue", "scheduler", "reconcile", "demo_jobs"},
+    "bullmq": {
+        "task",
+        "claim",
+        "official_worker",
+        "job_queue",
+        "scheduler",
+        "reconcile",
+        "demo_jobs",
+    },
     "hiredis": {"redis_channel"},
     "watchfiles": {"dev"},
     "rich": {"demo_display"},
