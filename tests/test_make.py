@@ -37,6 +37,7 @@ def started_line(worker_process: WorkerStarter, tmp_path: Path) -> Make:
     """
     # What `make` would install from, and the sign that it has.
     (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "requirements").symlink_to(REPOSITORY / "requirements")
     (tmp_path / "installed").touch()
     own = ("LOG_FORMAT", "NODE_ENV", "TASKS_CONFIG", "TASKS")
     inherited = {**os.environ, **worker_process.env, "PYTHONPATH": str(REPOSITORY)}

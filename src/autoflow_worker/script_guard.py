@@ -7,31 +7,33 @@ and refuses to begin otherwise. Redis 6 can't be asked: there the checks at the 
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Final
 
 _CALLED: Final = re.compile(r"""(?:rcall|redis\.p?call)\(\s*["'](\w+)""")
 _PUSHED_BY_VARIABLE: Final = re.compile(r"""["']([LR]PUSH)["']""")
 
-UNRECOVERABLE: Final = ("LPUSH", "ZADD", "INCR", "SET")
-"""Commands whose refusal loses a job that nobody knows the id of: the one that is fetched.
+FETCHING: Final = ("LPUSH", "SET")
+"""What a fetch calls once it has taken a job whose id nobody knows yet."""
 
-The scripts of every job's way check these alone, as each check costs Redis a quarter of a
+PROMOTING: Final = ("HGET", "HSET", "INCR", "LPUSH", "XADD", "ZADD")
+"""What it calls once it has taken the jobs that are due out of `delayed`, all of them at once."""
+
+HOT: Final = frozenset({"moveToActive", "moveToFinished"})
+"""The scripts of every job's way, both of which fetch; `delayed` is the seventh key of both.
+
+They check only what a refusal would lose for good, as each check costs Redis a quarter of a
 microsecond. What any other refusal interrupts, `HOLD` and `ADOPT` put right by the job's id.
 """
 
-HOT: Final = frozenset({"moveToActive", "moveToFinished"})
-"""The scripts of every job's way."""
-
+_REFUSE: Final = "return redis.error_reply('NOPERM this user has no permissions to run all of {0}')"
 # The name alone would be shorter, but Valkey 8 dies of `SET` without its arguments.
-_CHECK: Final = "allowed('{0}', KEYS[1], KEYS[1], KEYS[1], KEYS[1])"
+_ALLOWED: Final = "allowed('{0}', KEYS[1], KEYS[1], KEYS[1], KEYS[1])"
 _GUARD: Final = """
 if redis.acl_check_cmd then
   local allowed = redis.acl_check_cmd
-  if not ({checks}) then
-    return redis.error_reply('NOPERM this user has no permissions to run all of {names}')
-  end
+  {checks}
 end
 """
 
@@ -49,15 +51,24 @@ def guard(commands: dict[str, Any], register: Callable[[str], Any]) -> None:
 
 def guarded_as(name: str, script: str) -> str:
     """Return BullMQ's script of that name behind the check that it gets here."""
-    return guarded(script, UNRECOVERABLE if name in HOT else None)
+    return _guarded_hot(script) if name in HOT else guarded(script)
 
 
 @cache
-def guarded(script: str, commands: Collection[str] | None = None) -> str:
-    """Return the script behind a check of the commands; of all that it calls if not given."""
-    names = commands_of(script) if commands is None else sorted(commands)
-    checks = " and ".join(_CHECK.format(name) for name in names)
-    return _GUARD.format(checks=checks, names=" ".join(names)) + script
+def guarded(script: str) -> str:
+    """Return a script behind a check of all that it calls."""
+    return _GUARD.format(checks=_check(commands_of(script))) + script
+
+
+@cache
+def _guarded_hot(script: str) -> str:
+    promoting = f"if redis.call('ZCARD', KEYS[7]) > 0 then {_check(PROMOTING)} end"
+    return _GUARD.format(checks=f"{_check(FETCHING)} {promoting}") + script
+
+
+def _check(names: Sequence[str]) -> str:
+    allowed = " and ".join(_ALLOWED.format(name) for name in names)
+    return f"if not ({allowed}) then {_REFUSE.format(' '.join(names))} end"
 
 
 def commands_of(script: str) -> list[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bullmq import Worker
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
@@ -20,6 +19,7 @@ from tests.support.plain import producer
 from tests.support.process import WorkerProcess, WorkerStarter
 from tests.support.proxy import Proxy
 from tests.support.running import RunWorker, running
+from tests.support.scripts import load_scripts, sha_of
 from tests.support.servers import OwnServer
 from tests.support.until import until
 
@@ -252,15 +252,14 @@ async def test_a_worker_that_stood_still_between_renewing_and_looking_renews_aga
     """Renewed long ago, its own jobs would be the first that it finds stalled."""
     handler, base = Handler(), f"{prefix}:{QUEUE}:"
     task = handler.task(options={"lockDuration": 1000, "stalledInterval": 300})
-    renew = Worker(QUEUE, None, {"connection": redis}).scripts.commands["extendLocks"]
-    await redis.script_load(renew.script)  # so that no reply says that it is unknown
+    await load_scripts(redis)  # so that no reply says that one is unknown
     async with (
         Proxy(redis_url) as proxy,
         running([task], redis_url=proxy.url, database_url=database_url, prefix=prefix),
     ):
         task_id = await api.schedule(QUEUE)
         await until(lambda: handler.ran[task_id])
-        renewal = proxy.hold_reply_to(renew.sha.encode())
+        renewal = proxy.hold_reply_to(sha_of("extendLocks"))
         await renewal.sprung.wait()
 
         async def is_locked() -> bool:

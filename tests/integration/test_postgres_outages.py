@@ -250,7 +250,6 @@ WAYS: dict[str, Breaking] = {
     "read-only": read_only,
     "disk full": partial(refusing, code="53100"),
     "out of memory": partial(refusing, code="53200"),
-    "a bug of its own": partial(refusing, code="XX000"),
     "table locked": locked,
     "table away": dropped,
 }

@@ -555,6 +555,6 @@ async def test_the_command(worker_process: WorkerStarter, db: Database, node5: N
     assert job is not None
     assert job["data"] == {"n": 1, "correlationId": "c"}
     refused = worker_process(None, "numbers", '{"n": "one"}', command="schedule")
-    assert await refused.wait() == 1
+    assert await refused.wait() == 2
     assert "n: " in refused.stderr
     assert "Traceback" not in refused.stderr

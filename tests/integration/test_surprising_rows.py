@@ -386,10 +386,10 @@ async def test_another_queues_row_is_left_alone(run_worker: RunWorker, api: Api)
     )
     async with run_worker([second.task(), first.task("other")]):
         theirs = await api.until_both_say(QUEUE, task_id, "completed")
-        row = await api.until_both_say("other", ours, "completed", row_id=f"other:{ours}")
+        row = await api.until_both_say("other", ours, "completed", row_id=f"other~{ours}")
     assert (theirs["queueName"], theirs["payload"], theirs["attempts"]) == (QUEUE, {"n": 1}, 1)
     assert (row["queueName"], row["payload"], row["attempts"]) == ("other", {"n": 2}, 2)
-    assert (await api.db.rows()).keys() == {task_id, f"other:{ours}"}
+    assert (await api.db.rows()).keys() == {task_id, f"other~{ours}"}
 
 
 async def test_a_job_that_is_gone_from_redis_has_its_outcome_told(
