@@ -17,11 +17,12 @@ class Breakages:
     no thread left, all slots break at once.
 
     Attributes:
+        in_a_row: pauses since the last success; 0 if the last attempt did not break its slot.
         last: what broke last.
     """
 
     def __init__(self) -> None:
-        self._in_a_row = 0
+        self.in_a_row = 0
         self._until = 0.0
         self.last: Exception | None = None
 
@@ -30,17 +31,12 @@ class Breakages:
         self.last = error
         now = asyncio.get_running_loop().time()
         if now >= self._until:
-            self._until = now + FIRST_PAUSE * 2**self._in_a_row
-            self._in_a_row += 1
+            self._until = now + FIRST_PAUSE * 2**self.in_a_row
+            self.in_a_row += 1
 
     def end(self) -> None:
         """An attempt went its whole way, or a job was found to be at fault."""
-        self._in_a_row, self._until = 0, 0.0
-
-    @property
-    def any(self) -> bool:
-        """Whether the last attempt broke its slot."""
-        return self._in_a_row > 0
+        self.in_a_row, self._until = 0, 0.0
 
     @property
     def pause(self) -> float:
@@ -50,4 +46,4 @@ class Breakages:
     @property
     def too_many(self) -> bool:
         """Whether the task can't be expected to work again."""
-        return self._in_a_row >= MAX_BREAKAGES
+        return self.in_a_row >= MAX_BREAKAGES

@@ -63,6 +63,7 @@ class Claim:
         never: why it must not run but fail: it is malformed, its data is too long, or a child of it
             has failed.
         is_bare: Redis has lost its data.
+        is_plain: it has nothing special about it, such as a parent.
         token: what the lock in Redis holds.
         locked_until: event loop time up to which the lock is surely ours.
     """
@@ -78,6 +79,7 @@ class Claim:
         "data",
         "id",
         "is_bare",
+        "is_plain",
         "locked_until",
         "malformed",
         "max_attempts",
@@ -113,6 +115,7 @@ class Claim:
         self.malformed: str | None = None
         self.never: str | None = None
         self.is_bare = "name" not in fields
+        self.is_plain = False
 
     @property
     def has_dependents(self) -> bool:
@@ -228,14 +231,17 @@ def read_claim(
         max_data: bytes of `data` at most; a job with more is not parsed.
     """
     claim = Claim(queue, fields, job_id, token, locked_until)
-    if (reason := _why_not_parsed(fields, max_data)) is not None:
+    # UTF-8 takes four bytes for a character at most.
+    if ("defa" in fields or 4 * len(fields.get("data", "")) > max_data) and (
+        reason := _why_not_parsed(fields, max_data)
+    ):
         claim.refuse_data(reason)
         return claim
     try:
-        is_plain = claim.read_plain()
+        claim.is_plain = claim.read_plain()
     except Exception:
-        is_plain = False
-    if not is_plain:
+        claim.is_plain = False
+    if not claim.is_plain:
         claim.read_by_job()
     return claim
 
@@ -244,9 +250,7 @@ def _why_not_parsed(fields: Mapping[str, str], max_data: int) -> str | None:
     """Why the data must not even be looked at: parsing it may be what killed the last worker."""
     if deferred := fields.get("defa"):
         return deferred
-    data = fields.get("data", "")
-    # UTF-8 takes four bytes for a character at most.
-    if 4 * len(data) > max_data and (size := _size_of(data)) > max_data:
+    if (size := _size_of(fields.get("data", ""))) > max_data:
         return f"its data has {size:,} bytes, and MAX_PAYLOAD_BYTES allows {max_data:,}"
     return None
 

@@ -62,7 +62,7 @@ class Fetcher:
     @property
     def wants_more(self) -> bool:
         """Whether an acknowledgement is to bring the next job."""
-        return not self._stop.is_set() and self._threads.has_room and not self._breakages.any
+        return self._threads.has_room and not (self._breakages.in_a_row or self._stop.is_set())
 
     async def next(self, owner: str) -> Claim | None:
         """Wait for a job and claim it; None when stopping."""
@@ -101,7 +101,7 @@ class Fetcher:
 
     async def _await_readiness(self) -> None:
         """Return when a job that is taken can be run."""
-        if self._breakages.any:
+        if self._breakages.in_a_row:
             await self._until_stopped(asyncio.sleep(self._breakages.pause))
         if not self._threads.has_room:
             await self._until_stopped(self._threads.room())

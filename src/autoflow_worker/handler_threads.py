@@ -40,6 +40,9 @@ class HandlerThreads:
     Args:
         queue_name: the task's queue.
         limit: threads that may be left behind.
+
+    Attributes:
+        has_room: whether a further job may be taken; read for each job.
     """
 
     def __init__(self, queue_name: str, limit: int) -> None:
@@ -48,16 +51,12 @@ class HandlerThreads:
         self._threads: dict[asyncio.Future[Any], threading.Thread] = {}
         self._strays: dict[asyncio.Future[Any], _Stray] = {}
         self._room = asyncio.Event()
-        self._room.set()
-
-    @property
-    def has_room(self) -> bool:
-        """Whether a further job may be taken."""
-        return self._room.is_set()
+        self.has_room = True
 
     async def room(self) -> None:
         """Wait until a further job may be taken."""
-        await self._room.wait()
+        while not self.has_room:
+            await self._room.wait()
 
     def run(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
         """Call a handler in a thread of its own; what is returned becomes what it returns.
@@ -96,7 +95,8 @@ class HandlerThreads:
         if thread is None:
             return
         self._strays[future] = _Stray(thread, task_id, time.monotonic())
-        if len(self._strays) >= self._limit and self._room.is_set():
+        if len(self._strays) >= self._limit and self.has_room:
+            self.has_room = False
             self._room.clear()
             log.error(
                 "handlers_stuck",
@@ -107,7 +107,8 @@ class HandlerThreads:
 
     def _forget(self, future: asyncio.Future[Any]) -> None:
         self._threads.pop(future, None)
-        if self._strays.pop(future, None) is not None and not self._room.is_set():
+        if self._strays.pop(future, None) is not None and not self.has_room:
+            self.has_room = True
             self._room.set()
             log.warning("handlers_unstuck", queue=self._queue_name, left=len(self._strays))
 

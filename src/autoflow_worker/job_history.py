@@ -97,16 +97,21 @@ class JobHistory:
             LockLostError: the job is not ours any more; nothing was written.
         """
         # Not the time of the write: it tells claims apart, and a stale one must look stale.
-        patch = record.active_patch(now_ms=self._claim.claimed_ms, attempt=self._claim.attempt)
-        self._start = patch
+        claim = self._claim
+        patch = self._start = record.active_patch(
+            now_ms=claim.claimed_ms, attempt=claim.attempt, again=claim.attempts_started > 1
+        )
         since: str | None = patch["startedAt"]
         while True:
             write = self._submit(patch, since=since)
             verdict = await write.ready
+            if verdict is Verdict.WRITTEN:
+                self._may_be_new = False
+                return verdict
             if verdict is Verdict.CONTESTED:
                 await self._queue.make_sure_of(self._claim)
                 since = None
-            elif verdict is Verdict.WRITTEN or not self._finds_its_row(verdict):
+            elif not self._finds_its_row(verdict):
                 break
         if verdict is Verdict.LATE:
             self._late = write

@@ -109,6 +109,7 @@ class JobQueue:
         self._base = str(self._worker.keys[""])
         self._elsewhere = [self._worker.keys[name] for name in ELSEWHERE]
         self._careful_finish = self._guard_scripts()
+        self._simple_finish = self._worker.scripts.commands["moveToFinished"]
         self._completion_arguments = CompletionArguments(self._worker.keys, self._worker.opts)
         self._blocking: Channel | None = None
         self._hold = redis.register_script(guarded(HOLD))
@@ -293,7 +294,8 @@ class JobQueue:
 
     @property
     def is_connected(self) -> bool:
-        return self._redis.is_connected
+        """Whether a command that is sent now leaves now."""
+        return self._redis.shared.link is not None
 
     async def connected(self) -> None:
         """Wait until Redis is there, however long it takes."""
@@ -453,9 +455,9 @@ class JobQueue:
         await self._drop(keys=self._keys_of(claim.id), args=[claim.token, claim.id])
 
     def _finish(self, keys: list[str], args: list[Any], claim: Claim) -> Awaitable[Reply]:
-        if claim.has_dependents:
-            return self._run(self._careful_finish, keys, args, claim.token)
-        return self._acknowledge("moveToFinished", keys, args, claim.token)
+        is_simple = claim.is_plain or not claim.has_dependents
+        script = self._simple_finish if is_simple else self._careful_finish
+        return self._run(script, keys, args, claim.token)
 
     def _acknowledge(
         self, command: str, keys: list[str], args: list[Any], token: str

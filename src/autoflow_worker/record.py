@@ -33,10 +33,14 @@ _ESCAPED = re.compile(r"=(3A|7E|3D)")
 _PRIORITY_WORDS = {1: "critical", 2: "high", 3: "normal", 4: "low"}
 
 
-def active_patch(*, now_ms: float, attempt: int) -> Record:
-    """A job was picked up, for the first time or again."""
-    started = iso(now_ms)
-    return {"status": "active", "startedAt": started, "attempts": attempt, **_NOT_FINISHED}
+def active_patch(*, now_ms: float, attempt: int, again: bool = True) -> Record:
+    """A job was picked up, for the first time or again.
+
+    Args:
+        again: whether an earlier claim of the job may have left an end in the row.
+    """
+    patch: Record = {"status": "active", "startedAt": iso(now_ms), "attempts": attempt}
+    return {**patch, **_NOT_FINISHED} if again else patch
 
 
 def completed_patch(*, now_ms: float, result: Record) -> Record:

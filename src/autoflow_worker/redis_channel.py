@@ -105,6 +105,7 @@ class Channel:
     `ConnectionError`: nobody can know whether it was executed, so the caller has to ask.
 
     Attributes:
+        link: the connected socket; None while there is none.
         client_id: the server's id of this connection, for CLIENT UNBLOCK.
         restored_at: event loop time of the end of the last outage; -inf if there was none.
         died: done, with an exception, if reconnecting itself broke (a bug, not an outage).
@@ -128,7 +129,7 @@ class Channel:
         self._replies = (self, "replies")
         self._log = log.debug if quiet else log.warning
         self._loop = asyncio.get_running_loop()
-        self._link: _Link | None = None
+        self.link: _Link | None = None
         self._outbox: list[bytes] = []
         self._waiting: deque[asyncio.Future[Any]] = deque()
         self._connected = asyncio.Event()
@@ -186,7 +187,7 @@ class Channel:
 
     @property
     def is_connected(self) -> bool:
-        return self._link is not None
+        return self.link is not None
 
     async def connected(self) -> None:
         """Wait until there is a connection, however long it takes."""
@@ -205,12 +206,12 @@ class Channel:
             redis.exceptions.ConnectionError: there is no connection, or it broke before the reply.
             redis.exceptions.ResponseError: the server's own error.
         """
-        if self._link is None:
+        if self.link is None:
             return self._execute_once_connected(args, patience)
         return self._send(args, patience)
 
     async def _execute_once_connected(self, args: tuple[Any, ...], patience: float) -> Any:
-        while self._link is None:
+        while self.link is None:
             await self._await_connection()
         return await self._send(args, patience)
 
@@ -240,11 +241,11 @@ class Channel:
             raise RedisConnectionError(f"no connection to Redis for {CONNECT_PATIENCE} s") from None
 
     def _flush(self) -> None:
-        if self._link is None or not self._outbox:
+        if self.link is None or not self._outbox:
             return
-        if self._link.transport.is_closing():
+        if self.link.transport.is_closing():
             return  # `on_lost` is on its way, and uvloop raises at a write.
-        self._link.transport.write(b"".join(self._outbox))
+        self.link.transport.write(b"".join(self._outbox))
         self._outbox.clear()
         if self._watchdog is None:
             self._watch_soon()
@@ -300,12 +301,12 @@ class Channel:
 
     def on_lost(self, link: "_Link", reason: str) -> None:
         """The connection broke, or what came over it made no sense."""
-        if link is self._link:
+        if link is self.link:
             self._drop(RedisConnectionError(f"the connection to Redis was lost: {reason}"))
 
     def _drop(self, reason: RedisConnectionError) -> None:
         """Forget the connection, fail what was in flight, and start to reconnect."""
-        link, self._link = self._link, None
+        link, self.link = self.link, None
         if link is None:
             return
         self._connected.clear()
@@ -376,7 +377,7 @@ class Channel:
             if self._misled:
                 await _refuse_replica(connection)
             self.client_id = await _id_of(connection)
-            self._link = _Link(connection, self)
+            self.link = _Link(connection, self)
         except BaseException as error:
             connection._close()  # type: ignore[no-untyped-call]
             if isinstance(error, RuntimeError) and "the handler is closed" in str(error):

@@ -53,6 +53,7 @@ class PipelinedRedis(Redis):
 
     Attributes:
         refusals: the server's, of connections, commands and scripts.
+        shared: the connection of all commands that do not block.
     """
 
     def __init__(self, url: str) -> None:
@@ -76,7 +77,7 @@ class PipelinedRedis(Redis):
         self.refusals = Refusals()
         self._silence = Silence("redis_silent", "redis_answers_again")
         self._channels: list[Channel] = []
-        self._shared = self._add_channel(None, quiet=False)
+        self.shared = self._add_channel(None, quiet=False)
 
     def _add_channel(self, client_name: str | None, *, quiet: bool) -> Channel:
         channel = Channel(
@@ -87,7 +88,7 @@ class PipelinedRedis(Redis):
 
     async def open(self, timeout: float) -> None:
         """Connect for the first time; see `Channel.open`."""
-        await self._shared.open(timeout)
+        await self.shared.open(timeout)
 
     async def open_blocking_channel(self, client_name: str, timeout: float) -> Channel:
         """A further connection for one caller's blocking commands; closed with this client."""
@@ -97,16 +98,16 @@ class PipelinedRedis(Redis):
 
     async def connected(self) -> None:
         """Wait until there is a connection, however long it takes."""
-        await self._shared.connected()
+        await self.shared.connected()
 
     @property
     def is_connected(self) -> bool:
-        return self._shared.is_connected
+        return self.shared.is_connected
 
     @property
     def restored_at(self) -> float:
         """Event loop time of the end of the last outage; -inf if there was none."""
-        return self._shared.restored_at
+        return self.shared.restored_at
 
     def deaths(self) -> list[asyncio.Future[None]]:
         """One future for each connection, done with an exception if reconnecting broke."""
@@ -129,10 +130,10 @@ class PipelinedRedis(Redis):
         command = ("EVALSHA", script.sha, len(keys), *keys, *args)
         try:
             try:
-                reply = await self._shared.execute(command)
+                reply = await self.shared.execute(command)
             except NoScriptError:
                 await self.script_load(script.script)
-                reply = await self._shared.execute(command)
+                reply = await self.shared.execute(command)
         except WrongServerError:
             raise
         except RedisError as error:
@@ -159,12 +160,12 @@ class PipelinedRedis(Redis):
 
         A blocking command holds up everything else for as long as it blocks.
         """
-        return await self._shared.execute(command)
+        return await self.shared.execute(command)
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         if args[0] in BLOCKING_COMMANDS:
             return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
-        reply = await self._shared.execute(args)
+        reply = await self.shared.execute(args)
         options.pop("keys", None)
         callback: Callable[..., Any] | None = self.response_callbacks.get(args[0])
         return reply if callback is None else callback(reply, **options)

@@ -234,7 +234,7 @@ class TaskWorker:
         following = None
         try:
             following = self._fetcher.take(await run.run())
-            if self._breakages.any:
+            if self._breakages.in_a_row:
                 self._breakages.end()
         except LockLostError as error:
             self._note_loss(claim, error)
@@ -246,9 +246,10 @@ class TaskWorker:
             log.exception("attempt_broken", queue=self._queue.name, task_id=claim.id)
             self._breakages.note(error)
             await self._settle_broken(claim, run, history, error)
+            if self._breakages.too_many:
+                del self._running[claim]
+                raise TaskBrokenError(self._why_broken()) from None
         del self._running[claim]
-        if self._breakages.too_many:
-            raise TaskBrokenError(self._why_broken())
         return following
 
     def _note_loss(self, claim: Claim, error: LockLostError) -> None:

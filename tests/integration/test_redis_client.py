@@ -215,7 +215,7 @@ async def test_a_server_that_answers_nothing_is_given_up(
     client = await connect(own_redis.url)
     own_redis.suspend()
     with pytest.raises(RedisConnectionError, match="no reply"):
-        await client._shared.execute(("PING",), patience=0.3)
+        await client.shared.execute(("PING",), patience=0.3)
     assert not client.is_connected
     own_redis.resume()
     assert await client.ping()
@@ -226,7 +226,7 @@ async def test_a_half_open_connection_is_replaced(redis_url: str) -> None:
     async with Proxy(redis_url) as proxy, connected(proxy.url) as client:
         proxy.freeze()
         with pytest.raises(RedisConnectionError, match="no reply"):
-            await client._shared.execute(("PING",), patience=0.3)
+            await client.shared.execute(("PING",), patience=0.3)
         assert await client.ping()
         assert proxy.accepted == 2
 
@@ -234,7 +234,7 @@ async def test_a_half_open_connection_is_replaced(redis_url: str) -> None:
 async def test_the_kernel_looks_after_idle_connections(connect: Connect, redis_url: str) -> None:
     """A peer whose machine is gone answers no probe; what has its address now refuses them."""
     client = await connect(redis_url)
-    link = client._shared._link
+    link = client.shared.link
     assert link is not None
     plug = link.transport.get_extra_info("socket")
     assert plug.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -303,7 +303,7 @@ async def test_a_blocked_loop_is_not_the_servers_silence(
 async def test_a_client_that_is_closed_says_so(redis_url: str) -> None:
     client = PipelinedRedis(redis_url)
     await client.open(60)
-    pending = client._shared.execute(("BLPOP", "nothing", 0))
+    pending = client.shared.execute(("BLPOP", "nothing", 0))
     await client.aclose()
     with pytest.raises(RedisConnectionError, match="is closed"):
         await pending
@@ -419,7 +419,7 @@ async def test_rubbish_in_the_middle_of_a_connection(redis_url: str) -> None:
         held = proxy.hold_reply_to(b"hold me")
         waiting = asyncio.ensure_future(client.echo("hold me"))
         await held.sprung.wait()
-        link = client._shared._link
+        link = client.shared.link
         assert link is not None
         link.data_received(b"!?\r\n")
         with pytest.raises(RedisConnectionError, match="not the Redis protocol"):
@@ -430,7 +430,7 @@ async def test_rubbish_in_the_middle_of_a_connection(redis_url: str) -> None:
 
 async def test_a_reply_that_nobody_asked_for_breaks_the_connection(redis_url: str) -> None:
     async with connected(redis_url) as client:
-        link = client._shared._link
+        link = client.shared.link
         assert link is not None
         link.data_received(b"+OK\r\n")
         assert not client.is_connected
