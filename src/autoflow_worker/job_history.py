@@ -106,7 +106,7 @@ class JobHistory:
             write = self._submit(patch, since=since)
             verdict = await write.ready
             if verdict is Verdict.WRITTEN:
-                self._may_be_new = False
+                self._may_be_new, self._new_row = False, None
                 return verdict
             if verdict is Verdict.CONTESTED:
                 await self._queue.make_sure_of(self._claim)
