@@ -148,6 +148,7 @@ class Interleaving(RuleBasedStateMachine):
         self.clock_ms += 1
         claim = Claim(None, {"name": QUEUE}, self.row_id, "token", 0.0)
         claim.claimed_ms, claim.attempt = self.clock_ms + skew_ms, 1
+        claim.attempts_started = len(self.attempts) + 1
         history = JobHistory(
             self.stores.recorder, self, claim, HeldOutcomes(1), record_unknown_jobs=False
         )
