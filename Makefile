@@ -10,8 +10,8 @@ OWN_TASKS = $(TASKS_CONFIG) $(wildcard tasks_config.py tasks_config/__init__.py)
 TASKS ?= $(if $(strip $(OWN_TASKS)),,examples.tasks_config:tasks)
 IMAGE ?= autoflow-worker
 TESTS ?= tests
-# The tests wait for servers more than they compute, so twice as many of them as there are cores run at once.
-TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(2 * (os.cpu_count() or 1))' 2>/dev/null || echo 4)
+# The tests wait for servers more than they compute, so three times as many of them as there are cores run at once.
+TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(3 * (os.cpu_count() or 1))' 2>/dev/null || echo 6)
 CODE := src tests $(wildcard bench chaos examples scripts)
 
 INSTALLED := $(VENV)/.installed
