@@ -37,7 +37,7 @@ from autoflow_worker.writes import Verdict
 from tests.support.database import Connection
 
 QUEUE = "reports-render"
-EXAMPLES = int(os.environ.get("INTERLEAVINGS", "150"))
+EXAMPLES = int(os.environ.get("INTERLEAVINGS", "75"))
 NOW_MS = 1_790_000_000_000
 LOCK_MS = 30_000
 """BullMQ's lockDuration: nobody takes a job over earlier."""
