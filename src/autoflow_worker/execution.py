@@ -113,7 +113,7 @@ async def execute(
 
     Raises:
         asyncio.CancelledError: this was cancelled, and the handler did not finish all the same.
-        RuntimeError: the machine gives no thread; the handler was not called.
+        NoThreadError: the machine gives no thread; the handler was not called.
     """
     loop = asyncio.get_running_loop()
     started = time.perf_counter()

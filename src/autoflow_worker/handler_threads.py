@@ -21,6 +21,10 @@ class HandlerExitError(Exception):
     """The handler tried to end the process."""
 
 
+class NoThreadError(Exception):
+    """The machine gives no thread for a handler."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Stray:
     """A thread that nobody waits for any more, and that still runs."""
@@ -64,8 +68,7 @@ class HandlerThreads:
         The thread is a daemon, so that it does not hold up the process's exit.
 
         Raises:
-            RuntimeError: the machine gives no further thread; nothing was called.
-            MemoryError: as above.
+            NoThreadError: the machine gives no further thread; nothing was called.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
@@ -84,7 +87,10 @@ class HandlerThreads:
 
         name = THREAD_NAME + self._queue_name
         thread = threading.Thread(target=body, name=name, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError) as error:
+            raise NoThreadError(str(error)) from error
         self._threads[future] = thread
         future.add_done_callback(self._forget)
         return future

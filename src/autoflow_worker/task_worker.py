@@ -28,7 +28,7 @@ from autoflow_worker.errors import TaskBrokenError, WorkerError
 from autoflow_worker.execution import UNWIND_PATIENCE, TimeLimit
 from autoflow_worker.failpoints import failpoint
 from autoflow_worker.fetcher import Fetcher
-from autoflow_worker.handler_threads import HandlerThreads
+from autoflow_worker.handler_threads import HandlerThreads, NoThreadError
 from autoflow_worker.held_outcomes import HeldOutcomes
 from autoflow_worker.job_history import JobHistory, OutcomeRefusedError
 from autoflow_worker.job_queue import JobQueue
@@ -261,10 +261,12 @@ class TaskWorker:
         """Hand a job back whose attempt this worker could not carry to its end.
 
         The machine has no thread or no memory, or this code is wrong. Only a job that breaks its
-        slot claim after claim, whoever claims it, is taken to be the cause itself.
+        slot claim after claim, whoever claims it, is taken to be the cause itself; but no job
+        causes a lack of threads.
         """
+        is_suspect = not isinstance(error, NoThreadError)
         try:
-            if await self._breakages_of(claim) >= MAX_CLAIMS_BROKEN:
+            if is_suspect and await self._breakages_of(claim) >= MAX_CLAIMS_BROKEN:
                 self._breakages.end()
                 await run.bury(error)
                 return
