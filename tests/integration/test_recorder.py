@@ -93,7 +93,7 @@ async def keeper(db: Database) -> AsyncIterator[StatusRecorder]:
 
 
 async def settled(*writes: Write) -> list[Verdict]:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(150):
         await asyncio.gather(*(write.ready for write in writes))
         return list(await asyncio.gather(*(write.settled for write in writes)))
 
