@@ -1,10 +1,9 @@
 """The ``check`` command: everything that a start would refuse, without starting."""
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
-import click
 from redis.exceptions import RedisError
 
 from autoflow_worker.database import PROBED_QUEUE, inspect_tasks_table
@@ -20,56 +19,56 @@ from autoflow_worker.settings import Settings
 PATIENCE = 5.0
 
 
-class _Report:
-    """Prints one line or more for each check, and keeps the exit code of the first failure."""
+class Finding(NamedTuple):
+    """What one check found.
 
-    def __init__(self) -> None:
-        self.exit_code = 0
+    Attributes:
+        check: its name; empty for a further finding of the check before.
+        verdict: `ok`, `warning`, `failed` or `skipped`.
+        text: what was found, in one line or more; without secrets.
+        exit_code: what a start would end with, if it failed; 0 otherwise.
+    """
 
-    def run(self, name: str, check: Callable[[], list[str]]) -> None:
-        """Run a check; what it returns are remarks, the first of which is the finding."""
-        try:
-            finding, *warnings = check()
-        except WorkerError as error:
-            self._print(name, click.style("failed", fg="red"), mask_secrets(str(error)))
-            self.exit_code = self.exit_code or error.exit_code
-            return
-        self._print(name, click.style("ok", fg="green"), finding)
-        for warning in warnings:
-            self._print("", click.style("warning", fg="yellow"), warning)
-
-    def skip(self, name: str, reason: str) -> None:
-        self._print(name, "skipped", reason)
-
-    def _print(self, name: str, verdict: str, text: str) -> None:
-        pad = " " * (9 - len(click.unstyle(verdict)))
-        click.echo(f"{name:<12}{verdict}{pad}" + text.replace("\n", "\n" + " " * 21))
+    check: str
+    verdict: Literal["ok", "warning", "failed", "skipped"]
+    text: str
+    exit_code: int = 0
 
 
-def run_checks(env_files: Sequence[str] = (), **overrides: Any) -> int:
-    """Run all checks, print each with its result, and return the exit code of the first failure.
+def run_checks(env_files: Sequence[str] = (), **overrides: Any) -> Iterator[Finding]:
+    """Run all checks, one at each step, and yield what they find.
 
     Args:
         env_files: the files that variables were read from.
         overrides: settings from the command line, by attribute; ``None`` is none.
     """
-    report = _Report()
     queues: list[str] = []
     settings, faults = Settings.examine(**overrides)
-    report.run("settings", lambda: _settings(settings, faults, env_files))
+    yield from _run("settings", lambda: _settings(settings, faults, env_files))
     if "tasks_config" in faults or "worker_queues" in faults:
-        report.skip("task list", "TASKS_CONFIG or WORKER_QUEUES is wrong")
+        yield Finding("task list", "skipped", "TASKS_CONFIG or WORKER_QUEUES is wrong")
     else:
-        report.run("task list", lambda: _task_list(settings, queues))
+        yield from _run("task list", lambda: _task_list(settings, queues))
     if "redis_url" in faults:
-        report.skip("Redis", "REDIS_URL is missing or wrong")
+        yield Finding("Redis", "skipped", "REDIS_URL is missing or wrong")
     else:
-        report.run("Redis", lambda: asyncio.run(_redis(settings, queues)))
+        yield from _run("Redis", lambda: asyncio.run(_redis(settings, queues)))
     if "database_url" in faults:
-        report.skip("PostgreSQL", "DATABASE_URL is missing or wrong")
+        yield Finding("PostgreSQL", "skipped", "DATABASE_URL is missing or wrong")
     else:
-        report.run("PostgreSQL", lambda: asyncio.run(_database(settings, queues)))
-    return report.exit_code
+        yield from _run("PostgreSQL", lambda: asyncio.run(_database(settings, queues)))
+
+
+def _run(name: str, check: Callable[[], list[str]]) -> Iterator[Finding]:
+    """Run a check; what it returns are remarks, the first of which is the finding."""
+    try:
+        finding, *warnings = check()
+    except WorkerError as error:
+        yield Finding(name, "failed", mask_secrets(str(error)), error.exit_code)
+        return
+    yield Finding(name, "ok", finding)
+    for warning in warnings:
+        yield Finding("", "warning", warning)
 
 
 def _settings(settings: Settings, faults: dict[str, str], env_files: Sequence[str]) -> list[str]:

@@ -2,18 +2,14 @@
 # ruff: noqa: PLC0415 - what a command needs is imported by that command: --help has to be quick
 
 import asyncio
-import atexit
 import gc
 import io
 import json
-import os
 import shutil
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -21,8 +17,10 @@ import structlog
 
 from autoflow_worker import __version__
 from autoflow_worker.errors import WorkerError
+from autoflow_worker.event_loop import run_async, run_to_its_end
+from autoflow_worker.leaving import leave_process
 from autoflow_worker.libraries import mismatch_of_import
-from autoflow_worker.logs import configure_logging, flush_logs
+from autoflow_worker.logs import configure_logging
 from autoflow_worker.masking import mask_secrets
 from autoflow_worker.retry import MAX_DELAY_MS
 
@@ -37,10 +35,10 @@ log = structlog.get_logger(__name__)
 INTERRUPTED = 130
 #: Exit code of `reconcile` when there is something left to do.
 DIFFERENCES_LEFT = 5
-#: Seconds for the last lines, other people's exit hooks and threads; then the process ends.
-EXIT_PATIENCE = 1.5
 #: New objects after which the worker looks for garbage that refers to itself; Python's is 700.
 GARBAGE_THRESHOLD = 10_000
+
+_COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 _EPILOG = """
 Settings come from the environment, or from a .env file: REDIS_URL, DATABASE_URL, NODE_ENV,
@@ -54,7 +52,6 @@ handed back, 5 reconcile left differences.
 """
 
 C = TypeVar("C", bound=Callable[..., Any])
-T = TypeVar("T")
 
 
 def _task_options(command: C) -> C:
@@ -128,45 +125,7 @@ def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") ->
         with stop_on_signals(settings.worker_shutdown_grace, service.tell) as (stop, abort):
             return await service.run(stop, abort)
 
-    return _run_to_its_end(run(), service.fail)
-
-
-def _run_to_its_end(main: Coroutine[Any, Any, T], on_escape: Callable[[BaseException], None]) -> T:
-    """As `run_async`; a callback that raises `SystemExit` or its like does not end the loop.
-
-    Args:
-        on_escape: told what was raised; `main` is to end then.
-    """
-    import structlog
-
-    loop = asyncio.Runner(loop_factory=_loop_factory()).get_loop()
-    task = loop.create_task(main)
-    while True:
-        try:
-            return loop.run_until_complete(task)
-        except (SystemExit, KeyboardInterrupt) as error:
-            if task.done():
-                raise
-            structlog.get_logger(__name__).critical("event_loop_left", exc_info=error)
-            on_escape(error)
-
-
-def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine, on uvloop where there is one.
-
-    The loop is not closed: that waits for handlers which swallow their cancellation, and for the
-    threads of those that called ``asyncio.to_thread``. The process ends next, and they with it.
-    """
-    return asyncio.Runner(loop_factory=_loop_factory()).run(main)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
+    return run_to_its_end(run(), service.fail)
 
 
 @cli.command()
@@ -204,7 +163,12 @@ def check(tasks: str | None, queues: str | None) -> int:
     from autoflow_worker.env_files import read_env_files
 
     configure_logging("error")
-    return run_checks(read_env_files(), tasks_config=tasks, worker_queues=queues)
+    exit_code = 0
+    for found in run_checks(read_env_files(), tasks_config=tasks, worker_queues=queues):
+        verdict = click.style(f"{found.verdict:<9}", fg=_COLOURS.get(found.verdict))
+        click.echo(f"{found.check:<12}{verdict}" + found.text.replace("\n", "\n" + " " * 21))
+        exit_code = exit_code or found.exit_code
+    return exit_code
 
 
 @cli.command()
@@ -328,7 +292,7 @@ def reconcile(fix: bool, lost: "Lost | None") -> int:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code."""
     code, message = _result(argv)
-    _leave(code, message)
+    leave_process(code, message)
 
 
 def _result(argv: Sequence[str] | None) -> tuple[int, str | None]:
@@ -360,51 +324,3 @@ def _usage(error: click.ClickException) -> str:
     words = io.StringIO()
     error.show(words)
     return words.getvalue().rstrip()
-
-
-def _leave(code: int, message: str | None) -> NoReturn:
-    """End the process, whatever holds it: threads, exit hooks, an output that nobody reads.
-
-    The interpreter is not taken down. It would wait for a blocked output once more, where nothing
-    can end that, and a handler that still runs in a thread would meet half an interpreter.
-    """
-    _leave_after(EXIT_PATIENCE, code)
-    flush_logs()
-    with suppress(OSError, ValueError):
-        if message is not None:
-            click.echo(message, err=True)
-    if any(thread.name.startswith("handler of ") for thread in threading.enumerate()):
-        _end_children()
-    else:
-        with suppress(BaseException):
-            threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001
-            atexit._run_exitfuncs()  # noqa: SLF001
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    os._exit(code)
-
-
-def _leave_after(seconds: float, code: int) -> None:
-    def leave() -> None:
-        try:
-            _end_children()
-        finally:
-            os._exit(code)
-
-    last_resort = threading.Timer(seconds, leave)
-    last_resort.daemon = True
-    try:
-        last_resort.start()
-    except RuntimeError:  # No thread can be started. A signal ends most waits of the main thread.
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def _end_children() -> None:
-    """End what handlers started with multiprocessing: their jobs were handed back."""
-    if "multiprocessing.process" in sys.modules:
-        from multiprocessing import active_children
-
-        for child in active_children():
-            child.terminate()

@@ -7,11 +7,10 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-import psycopg
-from bullmq import Queue
-
 from autoflow_worker import record
+from autoflow_worker.database import CONNECT_TIMEOUT, connection_to
 from autoflow_worker.demo_kinds import BY_PRIORITY, CANCELLED, FINAL, KINDS, Added, Kind, Row
+from autoflow_worker.producer import Producer
 from autoflow_worker.redis_client import PipelinedRedis
 from autoflow_worker.scheduler import TaskScheduler
 from autoflow_worker.settings import Settings
@@ -33,11 +32,11 @@ class DemoJobs:
         tasks: Sequence[TaskDefinition[Any]],
         scheduler: TaskScheduler,
         redis: PipelinedRedis,
-        database: psycopg.AsyncConnection[Any],
+        database: Any,
     ) -> None:
         self._tasks = {task.queue_name: task for task in tasks}
         self._scheduler = scheduler
-        self._queues = {name: Queue(name, {"connection": redis}) for name in self._tasks}
+        self._producer = Producer(redis, "bull")
         self._database = database
         self.added: list[Added] = []
 
@@ -59,7 +58,9 @@ class DemoJobs:
 
     async def states(self) -> list[str]:
         """The BullMQ state of each job, in the order in which they were added."""
-        asked = (self._queues[each.kind.queue].getJobState(each.job_id) for each in self.added)
+        asked = (
+            self._producer.queue(each.kind.queue).getJobState(each.job_id) for each in self.added
+        )
         return list(await asyncio.gather(*asked))
 
     async def settled(self, rows: Mapping[str, Row]) -> bool:
@@ -80,7 +81,7 @@ class DemoJobs:
         for number in range(kind.count):
             payload = kind.payload(number)
             if kind.raw:
-                job = await self._queues[kind.queue].add(kind.queue, payload)
+                job = await self._producer.queue(kind.queue).add(kind.queue, payload)
                 row_id = record.row_id(kind.queue, job.id)
                 self.added.append(Added(kind, job.id, row_id))
                 continue
@@ -111,7 +112,7 @@ async def demo_jobs(
         await redis.open(settings.worker_startup_timeout)
         async with (
             TaskScheduler(redis_url=redis_url, database_url=database_url) as scheduler,
-            await psycopg.AsyncConnection.connect(database_url, autocommit=True) as database,
+            connection_to(database_url, CONNECT_TIMEOUT, autocommit=True) as database,
         ):
             yield DemoJobs(tasks, scheduler, redis, database)
     finally:

@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import click
-
 from autoflow_worker.database import init_db
 from autoflow_worker.embedded import embedded_postgres, embedded_redis
 from autoflow_worker.env_files import read_env_files
@@ -170,4 +168,4 @@ def _signal(worker: asyncio.subprocess.Process) -> None:
 
 
 def _say(message: str) -> None:
-    click.secho(f"dev: {message}", fg="cyan", err=True)
+    sys.stderr.write(f"dev: {message}\n")

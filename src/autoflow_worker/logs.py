@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, Literal
 
 import orjson
 import structlog
@@ -19,8 +19,8 @@ from structlog.typing import EventDict, FilteringBoundLogger, Processor, Wrapped
 from autoflow_worker.log_writer import LogWriter
 from autoflow_worker.masking import MASK, mask_secrets
 
-if TYPE_CHECKING:
-    from autoflow_worker.settings import LogFormat, LogLevel
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+LogFormat = Literal["console", "json"]
 
 #: A longer line, in characters, is made again with each of its values cut to MAX_VALUE_LENGTH.
 MAX_LINE_LENGTH = 16_384
@@ -56,7 +56,7 @@ class _Configured:
 
 
 def configure_logging(
-    level: "LogLevel" = "info", fmt: "LogFormat" = "console", stream: IO[str] | None = None
+    level: LogLevel = "info", fmt: LogFormat = "console", stream: IO[str] | None = None
 ) -> None:
     """Set up structlog, and send the standard library's logging the same way.
 

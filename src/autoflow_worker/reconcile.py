@@ -10,10 +10,8 @@ missing job says nothing about them; and a job that runs again writes its row by
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from typing import Any, Final
+from typing import Final
 
-import psycopg
-from bullmq import Job, Queue
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
@@ -22,17 +20,15 @@ from autoflow_worker.database import CONNECT_TIMEOUT, connection_to, inspect_tas
 from autoflow_worker.errors import RedisUnavailableError, RedisUnfitError
 from autoflow_worker.failure import shorten_reason
 from autoflow_worker.kept_job import JobReader, KeptJob
+from autoflow_worker.open_rows import OpenRows, Row, RowChangedError
+from autoflow_worker.producer import Producer
 from autoflow_worker.reconcile_plan import (
-    OPEN,
     Action,
     AddAgain,
     Leave,
     Lost,
     ReadTask,
     Retry,
-    Row,
-    Set,
-    Task,
     agrees,
     job_of,
     plan,
@@ -40,7 +36,6 @@ from autoflow_worker.reconcile_plan import (
 from autoflow_worker.reconcile_report import Difference, Settling
 from autoflow_worker.redis_channel import CommandRefusedError
 from autoflow_worker.redis_client import PipelinedRedis
-from autoflow_worker.script_guard import guard
 
 PAGE: Final = 500
 """Rows that are compared at once."""
@@ -54,30 +49,9 @@ SETTLING: Final = 1.0
 GONE: Final = "gone"
 NOWHERE: Final = "nowhere"
 
-_COMPARED: Final = """
-SELECT id, data->>'queueName', data->>'status', data->>'startedAt', data->>'attempts', xmin::text
-FROM tasks WHERE
-"""
-_OPEN_ROWS: Final = f"{_COMPARED} data->>'status' = ANY(%s) AND id > %s ORDER BY id LIMIT %s"
-_ROWS: Final = f"{_COMPARED} id = ANY(%s) ORDER BY id"
-# Only while the row still is as it was compared: a worker or the API may have written it since.
-_IS_UNCHANGED: Final = "SELECT FROM tasks WHERE id = %s AND xmin::text = %s"
-# Not worth a wait for the disk, as it can be done again; nor a long one for somebody's lock. Both
-# are set for this one statement.
-_WRITE: Final = """
-UPDATE tasks SET data = data || %s::jsonb, updated_at = timezone('utc', now())
-WHERE id = %s AND xmin::text = %s
-  AND (SELECT set_config('synchronous_commit', 'off', true)) = 'off'
-  AND (SELECT set_config('lock_timeout', '2s', true)) = '2s'
-"""
-_TASK: Final = """
-SELECT (data->'payload')::text, data->>'priority', data->>'maxAttempts', data->>'delayUntil'
-FROM tasks WHERE id = %s AND xmin::text = %s
-"""
 
-
-class ChangedMeanwhileError(Exception):
-    """The row, or its job, is not as it was when they were compared."""
+class _JobMovedError(Exception):
+    """The job is not as it was when it was compared with its row."""
 
 
 async def reconcile(
@@ -109,7 +83,7 @@ async def reconcile(
     try:
         async with connection_to(database_url, CONNECT_TIMEOUT) as connection:
             await connection.set_autocommit(True)
-            reconciler = _Reconciler(redis, connection, prefix, fix=fix, lost=lost)
+            reconciler = _Reconciler(redis, OpenRows(connection), prefix, fix=fix, lost=lost)
             last: str | None = ""
             while last is not None:
                 found, last = await reconciler.differing_after(last)
@@ -130,15 +104,14 @@ class _Reconciler:
     def __init__(
         self,
         redis: PipelinedRedis,
-        connection: psycopg.AsyncConnection[Any],
+        rows: OpenRows,
         prefix: str,
         *,
         fix: bool,
         lost: Lost | None,
     ) -> None:
-        self._redis = redis
-        self._connection = connection
-        self._prefix = prefix
+        self._rows = rows
+        self._producer = Producer(redis, prefix)
         self._jobs = JobReader(redis, prefix)
         self._fix = fix
         self._lost: Lost | None = lost
@@ -158,9 +131,7 @@ class _Reconciler:
         """
         suspects: dict[str, tuple[str, str]] = {}
         rows: list[Row] = []
-        while len(suspects) < SUSPECTS and (
-            rows := await self._rows(_OPEN_ROWS, list(OPEN), last, PAGE)
-        ):
+        while len(suspects) < SUSPECTS and (rows := await self._rows.after(last, PAGE)):
             last = rows[-1].id
             jobs = await asyncio.gather(*(self._look(row, fields=False) for row in rows))
             for row, job in zip(rows, jobs, strict=True):
@@ -170,15 +141,11 @@ class _Reconciler:
             return [], None
         await asyncio.sleep(SETTLING)
         found: list[tuple[Row, str]] = []
-        for row in await self._rows(_ROWS, list(suspects)):
+        for row in await self._rows.these(list(suspects)):
             version, state = suspects[row.id]
             if row.version == version:
                 found.append((row, state))
         return found, last if rows else None
-
-    async def _rows(self, query: str, *args: object) -> list[Row]:
-        cursor = await self._connection.execute(query.encode(), args)
-        return [Row(*values) for values in await cursor.fetchall()]
 
     async def settle(self, row: Row, state: str) -> Difference | None:
         """Settle one row's difference, or say how; None if there is none any more.
@@ -195,8 +162,8 @@ class _Reconciler:
             if self._fix:
                 action = await self._do(row, action)
             else:
-                await self._make_sure(row)
-        except ChangedMeanwhileError:
+                await self._rows.make_sure(row)
+        except (RowChangedError, _JobMovedError):
             return None
         return self._difference(row, job, action)
 
@@ -214,79 +181,41 @@ class _Reconciler:
         action = plan(row, job, lost=self._lost, now_ms=_now_ms())
         if not isinstance(action, ReadTask):
             return action
-        cursor = await self._connection.execute(_TASK.encode(), (row.id, row.version))
-        task = await cursor.fetchone()
-        if task is None:
-            raise ChangedMeanwhileError
-        return job_of(row, Task(*task), _now_ms())
+        return job_of(row, await self._rows.task(row), _now_ms())
 
     async def _do(self, row: Row, action: Action) -> Action:
         """Settle a difference; a `Leave` says what stood in the way.
 
         Raises:
-            ChangedMeanwhileError: nothing was done.
+            RowChangedError, _JobMovedError: nothing was done.
         """
         if isinstance(action, Leave):
-            await self._make_sure(row)
+            await self._rows.make_sure(row)
             return action
         if isinstance(action, Retry):
-            await self._make_sure(row)
+            await self._rows.make_sure(row)
             return await self._retry(row, action)
-        refusal = await self._write(row, action)
+        refusal = await self._rows.write(row, action.patch)
         if refusal is not None:
-            return refusal
+            return Leave(refusal)
         # After the row: a crash in between leaves a row without a job, as it was.
         return await self._add(row, action) if isinstance(action, AddAgain) else action
 
-    async def _make_sure(self, row: Row) -> None:
-        cursor = await self._connection.execute(_IS_UNCHANGED.encode(), (row.id, row.version))
-        if await cursor.fetchone() is None:
-            raise ChangedMeanwhileError
-
-    async def _write(self, row: Row, action: Set | AddAgain) -> Leave | None:
-        text = record.encode(dict(action.patch))
-        try:
-            cursor = await self._connection.execute(_WRITE.encode(), (text, row.id, row.version))
-        except psycopg.Error as error:
-            if self._connection.closed:
-                raise
-            # Its own words alone: the detail shows the row's contents.
-            words = error.diag.message_primary or type(error).__name__
-            return Leave(f"PostgreSQL refuses the change: {shorten_reason(words)}")
-        if cursor.rowcount == 0:
-            await self._make_sure(row)
-            return Leave("PostgreSQL leaves the row as it is: a trigger or a policy")
-        return None
-
     async def _retry(self, row: Row, action: Retry) -> Action:
-        queue, job = self._queue(row), action.job
-        # By the id alone: whatever else the job's fields hold, it was found among the failed.
-        stand_in = Job(queue, queue.name, {}, {"jobId": job.id})
         try:
-            # Never `ats`: it counts the claims, by which a worker tells whose the job is.
-            await queue.backend.reprocessJob(stand_in, "failed", {"resetAttemptsMade": True})
-        except TypeError:  # bullmq's word for a job that is gone, or not among the failed any more
-            raise ChangedMeanwhileError from None
+            if not await self._producer.retry_failed(str(row.queue), action.job.id):
+                raise _JobMovedError
         except ResponseError as error:
             return _broken(error)
         return action
 
     async def _add(self, row: Row, action: AddAgain) -> Action:
-        queue = self._queue(row)
-        job = Job(queue, queue.name, dict(action.data), dict(action.options))
-        if "delay" not in action.options:
-            # Python's bullmq writes a delay of 0 into every job, Node's doesn't.
-            del job.opts["delay"]
+        job = self._producer.job(str(row.queue), action.data, action.options)
         try:
-            await queue.backend.addJob(job)
+            await self._producer.add(job)
         except ResponseError as error:
             return _broken(error)
         return action
-
-    def _queue(self, row: Row) -> Queue:
-        queue = Queue(str(row.queue), {"connection": self._redis, "prefix": self._prefix})
-        guard(queue.scripts.commands, self._redis.register_script)
-        return queue
 
     def _difference(self, row: Row, job: KeptJob | None, action: Action) -> Difference:
         if isinstance(action, Leave):

@@ -16,15 +16,13 @@ from autoflow_worker import record
 from autoflow_worker.errors import NotStorableError
 from autoflow_worker.failure import shorten_stack_trace
 from autoflow_worker.kept_job import STATUS_OF_STATE, KeptJob, time_ms, whole
+from autoflow_worker.open_rows import Row, Task
 from autoflow_worker.retry import MAX_DELAY_MS
 from autoflow_worker.scheduler import KEPT_COMPLETED, KEPT_FAILED
 from autoflow_worker.task import MAX_ATTEMPTS, PRIORITIES
 
 Lost: TypeAlias = Literal["fail", "requeue"]
 """What becomes of a row whose job is gone from Redis."""
-
-OPEN: Final = ("pending", "active", "delayed")
-"""The statuses of rows that are not finished."""
 
 BACKOFF_MS: Final = 5_000
 """The API's backoff (contract, section 1), exponential: the row does not keep its job's."""
@@ -34,22 +32,6 @@ _RESULT_KEYS: Final = frozenset({"success", "output", "duration"})
 _ISO: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 _INTEGER: Final = re.compile(r"-?(0|[1-9][0-9]*)", re.ASCII)
 _PARTS_OF_A_REPEATED_ID: Final = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What is compared of a row; the keys of its `data` as text, None where they are missing.
-
-    Attributes:
-        version: changes with every write of the row.
-    """
-
-    id: str
-    queue: str | None
-    status: str
-    started_at: str | None
-    attempts: str | None
-    version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,16 +235,6 @@ _PATCH_OF_STATE: Final[Mapping[str, Callable[[Row, KeptJob, float], Set]]] = {
     "prioritized": _pending,
     "waiting-children": _pending,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What is read of a row to add its job again; the keys of its `data` as text."""
-
-    payload: str | None
-    priority: str | None
-    max_attempts: str | None
-    delay_until: str | None
 
 
 def job_of(row: Row, task: Task, now_ms: float) -> AddAgain | Leave:

@@ -13,7 +13,6 @@ from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError, RedisError
 
-from autoflow_worker.connection_urls import redis_url
 from autoflow_worker.libraries import require_known_redis
 from autoflow_worker.outage import Reasons, Refusals, Silence
 from autoflow_worker.redis_channel import (
@@ -23,6 +22,7 @@ from autoflow_worker.redis_channel import (
     WrongServerError,
 )
 from autoflow_worker.redis_denials import is_denial
+from autoflow_worker.redis_urls import redis_url
 
 log = structlog.get_logger(__name__)
 
@@ -45,7 +45,7 @@ class PipelinedRedis(Redis):
     commands, pipelines and transactions take connections of redis-py's pool, as always.
 
     Args:
-        url: whatever ``connection_urls.redis_url`` takes.
+        url: whatever ``redis_urls.redis_url`` takes.
 
     Raises:
         ValueError: it does not take this one.

@@ -9,7 +9,6 @@ from typing import Any, Final, Self, TypeVar
 from uuid import uuid4
 
 import structlog
-from bullmq import Job, Queue
 from pydantic_core import to_jsonable_python
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -21,10 +20,10 @@ from autoflow_worker.errors import (
     WorkerError,
 )
 from autoflow_worker.new_rows import PATIENCE, RETRY_PAUSE, NewRows
+from autoflow_worker.producer import Producer
 from autoflow_worker.redis_channel import CommandRefusedError
 from autoflow_worker.redis_client import PipelinedRedis
 from autoflow_worker.retry import MAX_DELAY_MS
-from autoflow_worker.script_guard import guard
 from autoflow_worker.settings import check_urls
 from autoflow_worker.storable import storable
 from autoflow_worker.task import PRIORITIES, TaskDefinition
@@ -61,7 +60,7 @@ class TaskScheduler:
         self._rows = NewRows(database_url.strip())
         self._prefix = prefix
         self._redis: PipelinedRedis | None = None
-        self._queues: dict[str, Queue] = {}
+        self._producer: Producer | None = None
         self._begun: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -86,6 +85,7 @@ class TaskScheduler:
             RedisUnavailableError, DatabaseUnavailableError: it can't be reached.
         """
         self._redis = PipelinedRedis(self._redis_url)
+        self._producer = Producer(self._redis, self._prefix)
         try:
             await self._redis.open(timeout)
             await self._rows.open(timeout)
@@ -100,9 +100,7 @@ class TaskScheduler:
         for begun in self._begun:
             begun.cancel()
         await self._rows.close()
-        # Not the queues: bullmq would close this client once for each of them.
         redis, self._redis = self._redis, None
-        self._queues.clear()
         if redis is not None:
             await redis.aclose()
 
@@ -151,14 +149,7 @@ class TaskScheduler:
         if not begun.cancelled():
             begun.exception()  # Asked for, so that asyncio doesn't complain if the caller has gone.
 
-    def _job(self, task: TaskDefinition[Any], data: dict[str, Any], delay_ms: int) -> Job:
-        name = task.queue_name
-        queue = self._queues.get(name)
-        if queue is None:
-            assert self._redis is not None
-            queue = Queue(name, {"connection": self._redis, "prefix": self._prefix})
-            guard(queue.scripts.commands, self._redis.register_script)
-            self._queues[name] = queue
+    def _job(self, task: TaskDefinition[Any], data: dict[str, Any], delay_ms: int) -> Any:
         options: dict[str, Any] = {
             "jobId": secrets.token_urlsafe(16)[:21],  # The alphabet and length of the API's nanoid.
             "priority": PRIORITIES[task.options.priority],
@@ -168,13 +159,10 @@ class TaskScheduler:
             "removeOnComplete": KEPT_COMPLETED,
             "removeOnFail": KEPT_FAILED,
         }
-        job = Job(queue, name, data, options)
-        if not delay_ms:
-            # Python's bullmq writes a delay of 0 into every job, Node's doesn't.
-            del job.opts["delay"]
-        return job
+        assert self._producer is not None
+        return self._producer.job(task.queue_name, data, options)
 
-    async def _schedule(self, job: Job, row: record.Record) -> None:
+    async def _schedule(self, job: Any, row: record.Record) -> None:
         await self._reach_redis()
         await self._rows.insert(job.id, row)
         try:
@@ -202,7 +190,7 @@ class TaskScheduler:
             reason = f"there is no connection to Redis for {PATIENCE:g} s"
             raise RedisUnavailableError(reason) from None
 
-    async def _add(self, job: Job) -> None:
+    async def _add(self, job: Any) -> None:
         """Add the job, over a connection that breaks.
 
         A reply that gets lost leaves open whether the job was added, so it is added again: BullMQ
@@ -212,12 +200,12 @@ class TaskScheduler:
             redis.exceptions.ConnectionError: not added, or nobody knows.
             Exception: the server, or BullMQ, refuses it.
         """
-        assert self._redis is not None
+        assert self._producer is not None
         deadline = asyncio.get_running_loop().time() + PATIENCE
         pause = RETRY_PAUSE
         while True:
             try:
-                await job.backend.addJob(job)
+                await self._producer.add(job)
             except RedisConnectionError:
                 if asyncio.get_running_loop().time() + pause > deadline:
                     raise
@@ -226,7 +214,7 @@ class TaskScheduler:
             else:
                 return
 
-    async def _withdraw(self, job: Job, reason: str) -> None:
+    async def _withdraw(self, job: Any, reason: str) -> None:
         """Mark the row failed: it must not wait for ever for a job that does not exist.
 
         Not deleted, because the job may exist: then the row is there for it to write into.
@@ -261,7 +249,7 @@ def _payload_object(task: TaskDefinition[Any], payload: object) -> dict[str, Any
     return data
 
 
-def _row(task: TaskDefinition[Any], job: Job, user_id: str | None) -> record.Record:
+def _row(task: TaskDefinition[Any], job: Any, user_id: str | None) -> record.Record:
     """Return the row as the API inserts it: as for a job that came without one, and its user."""
     row = record.unknown_job_row(
         task.queue_name, data=job.data, options=job.opts, timestamp=job.timestamp

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     AfterValidator,
@@ -20,13 +20,13 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from autoflow_worker import connection_urls
+from autoflow_worker.database_urls import database_url as checked_database_url
 from autoflow_worker.errors import SettingsError
+from autoflow_worker.logs import LogFormat, LogLevel
 from autoflow_worker.lookalikes import Lookalike, lookalikes
 from autoflow_worker.masking import mask_secrets
-
-LogLevel = Literal["debug", "info", "warning", "error", "critical"]
-LogFormat = Literal["console", "json"]
+from autoflow_worker.redis_urls import redis_url as checked_redis_url
+from autoflow_worker.urls import SCHEME
 
 # Names that Node's loggers know, so that one LOG_LEVEL serves the API and this worker.
 _LEVEL_ALIASES = {"trace": "debug", "warn": "warning", "fatal": "critical"}
@@ -51,11 +51,11 @@ def _lower(value: object) -> object:
 
 
 def _redis_url(value: SecretStr) -> SecretStr:
-    return SecretStr(connection_urls.redis_url(value.get_secret_value()))
+    return SecretStr(checked_redis_url(value.get_secret_value()))
 
 
 def _database_url(value: SecretStr) -> SecretStr:
-    return SecretStr(connection_urls.database_url(value.get_secret_value()))
+    return SecretStr(checked_database_url(value.get_secret_value()))
 
 
 class Settings(BaseSettings):
@@ -178,8 +178,8 @@ def check_urls(*, redis_url: str, database_url: str) -> None:
     """
     faults = []
     for name, check, url in (
-        ("redis_url", connection_urls.redis_url, redis_url),
-        ("database_url", connection_urls.database_url, database_url),
+        ("redis_url", checked_redis_url, redis_url),
+        ("database_url", checked_database_url, database_url),
     ):
         try:
             check(url)
@@ -211,7 +211,7 @@ def _fault(detail: ErrorDetails) -> str:
 def _shown(name: str, value: object) -> str:
     if name in Settings.secret_fields:
         text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-        scheme = connection_urls.SCHEME.match(text.strip())
+        scheme = SCHEME.match(text.strip())
         return f"{scheme[0]}://***" if scheme else "***"
     text = mask_secrets(ascii(value))
     return text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "..."

@@ -12,8 +12,8 @@ SOURCE = Path(autoflow_worker.__file__).parent
 
 # Each imports only from what stands above it.
 ORDER = """
-    errors libraries masking connection_urls lookalikes failpoints log_writer fork_guard watchdog
-    settings logs env_files
+    errors libraries masking urls redis_urls database_urls lookalikes failpoints log_writer
+    fork_guard watchdog event_loop logs leaving settings env_files
     worker_options payload task loader
     digits cleaning storable failure record
     breakages handler_threads execution handler_tasks retry
@@ -23,9 +23,9 @@ ORDER = """
     redis_denials redis_channel redis_client redis_rights fitness
     queue_scripts script_guard claim completion official_worker job_queue
     fetcher keepers held_outcomes job_history job_run running_jobs task_worker
-    new_rows scheduler
+    new_rows producer scheduler
     signals service
-    kept_job reconcile_plan reconcile_report reconcile
+    kept_job open_rows reconcile_plan reconcile_report reconcile
     postgres_cluster embedded check dev demo_kinds demo_jobs demo_display demo
     __init__
     cli __main__
@@ -34,9 +34,8 @@ ORDER = """
 # Who may import what; everyone else goes through these.
 DRIVERS = {
     # recorder_lane writes the rows, by row_statements over a postgres_link; database makes and
-    # judges the table before; connection_urls asks libpq whether it can read a URL; new_rows
-    # writes those of new tasks;
-    # reconcile reads rows that no worker is writing; demo_jobs reads and cancels as the API does.
+    # judges the table before; database_urls asks libpq whether it can read a URL; new_rows
+    # writes those of new tasks; open_rows reads rows that no worker is writing.
     "psycopg": {
         "row_statements",
         "postgres_link",
@@ -44,28 +43,24 @@ DRIVERS = {
         "pooler",
         "row_probe",
         "database",
-        "connection_urls",
+        "database_urls",
         "new_rows",
-        "reconcile",
-        "demo_jobs",
+        "open_rows",
     },
-    # task passes BullMQ's exceptions on; scheduler adds jobs; job_queue drives the worker that
-    # official_worker makes;
-    # reconcile and demo_jobs read states.
+    # task passes BullMQ's exceptions on; producer adds jobs; job_queue drives the worker that
+    # official_worker makes.
     "bullmq": {
         "task",
         "claim",
         "official_worker",
         "job_queue",
-        "scheduler",
-        "reconcile",
-        "demo_jobs",
+        "producer",
     },
     "hiredis": {"redis_channel"},
     "watchfiles": {"dev"},
     "rich": {"demo_display"},
-    "click": {"cli", "check", "dev"},
-    "uvloop": {"cli"},
+    "click": {"cli"},
+    "uvloop": {"event_loop"},
     "pydantic_settings": {"settings", "env_files"},
 }
 

@@ -8,16 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoflow_worker.kept_job import EARLIEST_MS, STATUS_OF_STATE, KeptJob
+from autoflow_worker.open_rows import OPEN, Row, Task
 from autoflow_worker.reconcile_plan import (
-    OPEN,
     AddAgain,
     Leave,
     Lost,
     ReadTask,
     Retry,
-    Row,
     Set,
-    Task,
     agrees,
     job_of,
     plan,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoflow_worker import connection_urls
 from autoflow_worker.errors import SettingsError
+from autoflow_worker.redis_urls import redis_url
 from autoflow_worker.settings import Settings
 
 URLS = {"REDIS_URL": "redis://h:1/2", "DATABASE_URL": "postgresql://h/db"}
@@ -406,7 +406,7 @@ _part = st.sampled_from(
 @given(st.lists(_part, max_size=12).map("".join))
 def test_what_a_redis_url_means_is_a_url_that_means_the_same(url: str) -> None:
     try:
-        meant = connection_urls.redis_url(url)
+        meant = redis_url(url)
     except ValueError:
         return
-    assert connection_urls.redis_url(meant) == meant
+    assert redis_url(meant) == meant

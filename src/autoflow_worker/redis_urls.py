@@ -1,24 +1,16 @@
-"""Whether a URL is one that its driver can read, and REDIS_URL in ioredis' words.
+"""REDIS_URL in ioredis' words, and whether redis-py can read it.
 
-The drivers' own parsers have the last word, so that a start can't fail on what this let pass. No
-fault quotes the URL: where one is malformed, nobody can say which part was meant as the password.
+redis-py's own parser has the last word, so that a start can't fail on what this let pass.
 """
 
 import inspect
 import re
-from collections.abc import Collection, Iterable
-from difflib import get_close_matches
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}(?=://)")
-_BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_UNKNOWN_OPTION = re.compile(
-    r"(?:unexpected keyword argument|URI query parameter:) ['\"](\w+)['\"]"
-)
-_KEY_VALUE = re.compile(r"\w+\s*=")
+from autoflow_worker.urls import ENCODED, SCHEME, option_fault, outline
+
 _DATABASE_NUMBER = re.compile(r"/?[0-9]*/?")
-_ENCODED: Final = "in a user name or password, / ? # @ : [ ] have to be written percent-encoded"
 
 # What ioredis takes in a URL and this worker has no use for: how it retries, queues, parses and
 # names connections is not configurable here.
@@ -46,7 +38,7 @@ def redis_url(url: str) -> str:
     url = _with_redis_scheme(url.strip())
     if _names_several(url):
         raise ValueError("Sentinel and Cluster are not supported; name one server")
-    url = _outline(url, {"redis", "rediss", "unix"})
+    url = outline(url, {"redis", "rediss", "unix"})
     parts = urlsplit(url)
     socket_file = parts.scheme == "unix"
     if socket_file and not parts.path:
@@ -54,40 +46,10 @@ def redis_url(url: str) -> str:
     if socket_file and parts.netloc and "@" not in parts.netloc:
         raise ValueError("a socket's path begins with a slash, so there are three: unix:///run/...")
     if not socket_file and not _DATABASE_NUMBER.fullmatch(parts.path):
-        raise ValueError(f"what follows its host is no database's number; {_ENCODED}")
+        raise ValueError(f"what follows its host is no database's number; {ENCODED}")
     url = _translated(url, parts.query, has_number=not socket_file and len(parts.path) > 1)
     _try_redis(url)
     return url
-
-
-def database_url(url: str) -> str:
-    """Return the URL without outer blanks.
-
-    Raises:
-        ValueError: libpq can't use it.
-    """
-    url = url.strip()
-    if _KEY_VALUE.match(url):
-        raise ValueError("it is a list of key=value, not a URL")
-    url = _outline(url, {"postgres", "postgresql"})
-    # libpq ends the password at the first @, and would print the rest as the host's name.
-    if urlsplit(url).netloc.count("@") > 1:
-        raise ValueError(f"it has more than one @; {_ENCODED}, @ as %40")
-    from psycopg import Error, conninfo, pq  # noqa: PLC0415 - heavy, and needed for a start only
-
-    try:
-        conninfo.conninfo_to_dict(url)
-    except Error as error:
-        known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
-        raise ValueError(_option_fault(error, url, known)) from None
-    return url
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return which of the known words is most like this one, whatever the case of its letters."""
-    by_lower = {each.lower(): each for each in known}
-    found = get_close_matches(word.lower(), by_lower, n=1)
-    return by_lower[found[0]] if found else None
 
 
 def _with_redis_scheme(url: str) -> str:
@@ -147,7 +109,7 @@ def _translated_option(name: str, value: str) -> list[tuple[str, str]]:
 
 
 def _try_redis(url: str) -> None:
-    from redis.asyncio import ConnectionPool  # noqa: PLC0415 - as above
+    from redis.asyncio import ConnectionPool  # noqa: PLC0415 - heavy, and needed for a start only
 
     pool: Any = None
     try:
@@ -158,35 +120,4 @@ def _try_redis(url: str) -> None:
         classes = pool.connection_class.__mro__ if pool is not None else ()
         known = {name for each in classes for name in inspect.signature(each.__init__).parameters}
         known -= {"self", "args", "kwargs"}
-        raise ValueError(_option_fault(error, url, known | _MEANINGLESS | _TRANSLATED)) from None
-
-
-def _option_fault(error: Exception, url: str, known: Collection[str]) -> str:
-    option = _UNKNOWN_OPTION.search(str(error))
-    # With a password among the options, the unknown one may be what follows an & in it.
-    if option is None or "pass" in urlsplit(url).query.lower():
-        return "the driver can't read its options"
-    like = nearest(option[1], known)
-    return f"it has no option {option[1]!r}" + (f"; the nearest is {like!r}" if like else "")
-
-
-def _outline(url: str, schemes: Collection[str]) -> str:
-    if any(character.isspace() or not character.isprintable() for character in url):
-        raise ValueError("it contains a blank or a control character")
-    scheme = SCHEME.match(url)
-    if scheme is None or scheme[0].lower() not in schemes:
-        raise ValueError("its scheme is another one" if scheme else "it has no scheme")
-    if _BARE_PERCENT.search(url):
-        raise ValueError("a % in a user name or password has to be written as %25")
-    try:
-        parts = urlsplit(url)
-        # PostgreSQL takes several hosts separated by commas, which urlsplit can't take apart.
-        _ = "," in parts.netloc or parts.port
-    except ValueError:
-        raise ValueError(f"its host or port can't be read; {_ENCODED}") from None
-    # A password that holds one of / ? # ends too early: what is left of it would be taken for a
-    # path or an option, and its beginning for a host, which drivers print.
-    after = parts.query + parts.fragment + ("" if parts.scheme == "unix" else parts.path)
-    if "@" in after:
-        raise ValueError(f"it has an @ behind its host; {_ENCODED}, @ as %40")
-    return url
+        raise ValueError(option_fault(error, url, known | _MEANINGLESS | _TRANSLATED)) from None

@@ -1,0 +1,34 @@
+"""Whether libpq can read DATABASE_URL.
+
+libpq's own parser has the last word, so that a start can't fail on what this let pass.
+"""
+
+import re
+from urllib.parse import urlsplit
+
+from autoflow_worker.urls import ENCODED, option_fault, outline
+
+_KEY_VALUE = re.compile(r"\w+\s*=")
+
+
+def database_url(url: str) -> str:
+    """Return the URL without outer blanks.
+
+    Raises:
+        ValueError: libpq can't use it.
+    """
+    url = url.strip()
+    if _KEY_VALUE.match(url):
+        raise ValueError("it is a list of key=value, not a URL")
+    url = outline(url, {"postgres", "postgresql"})
+    # libpq ends the password at the first @, and would print the rest as the host's name.
+    if urlsplit(url).netloc.count("@") > 1:
+        raise ValueError(f"it has more than one @; {ENCODED}, @ as %40")
+    from psycopg import Error, conninfo, pq  # noqa: PLC0415 - heavy, and needed for a start only
+
+    try:
+        conninfo.conninfo_to_dict(url)
+    except Error as error:
+        known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
+        raise ValueError(option_fault(error, url, known)) from None
+    return url

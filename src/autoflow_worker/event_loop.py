@@ -1,0 +1,47 @@
+"""The event loop that a command runs on."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine, on uvloop where there is one.
+
+    The loop is not closed: that waits for handlers which swallow their cancellation, and for the
+    threads of those that called ``asyncio.to_thread``. The process ends next, and they with it.
+    """
+    return asyncio.Runner(loop_factory=_loop_factory()).run(main)
+
+
+def run_to_its_end(main: Coroutine[Any, Any, T], on_escape: Callable[[BaseException], None]) -> T:
+    """As `run_async`; a callback that raises `SystemExit` or its like does not end the loop.
+
+    Args:
+        on_escape: told what was raised; `main` is to end then.
+    """
+    loop = asyncio.Runner(loop_factory=_loop_factory()).get_loop()
+    task = loop.create_task(main)
+    while True:
+        try:
+            return loop.run_until_complete(task)
+        except (SystemExit, KeyboardInterrupt) as error:
+            if task.done():
+                raise
+            log.critical("event_loop_left", exc_info=error)
+            on_escape(error)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415 - there is none for Windows
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

@@ -1,0 +1,61 @@
+"""What REDIS_URL and DATABASE_URL have in common: their outline, and how a fault is told.
+
+No fault quotes a URL: where one is malformed, nobody can say which part is the password.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from typing import Final
+from urllib.parse import urlsplit
+
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}(?=://)")
+_BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_UNKNOWN_OPTION = re.compile(
+    r"(?:unexpected keyword argument|URI query parameter:) ['\"](\w+)['\"]"
+)
+ENCODED: Final = "in a user name or password, / ? # @ : [ ] have to be written percent-encoded"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return which of the known words is most like this one, whatever the case of its letters."""
+    by_lower = {each.lower(): each for each in known}
+    found = get_close_matches(word.lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None
+
+
+def option_fault(error: Exception, url: str, known: Collection[str]) -> str:
+    """Say what the driver has against an option, and name the nearest known one."""
+    option = _UNKNOWN_OPTION.search(str(error))
+    # With a password among the options, the unknown one may be what follows an & in it.
+    if option is None or "pass" in urlsplit(url).query.lower():
+        return "the driver can't read its options"
+    like = nearest(option[1], known)
+    return f"it has no option {option[1]!r}" + (f"; the nearest is {like!r}" if like else "")
+
+
+def outline(url: str, schemes: Collection[str]) -> str:
+    """Return the URL if its parts can be told apart.
+
+    Raises:
+        ValueError: they can't, or its scheme is none of these.
+    """
+    if any(character.isspace() or not character.isprintable() for character in url):
+        raise ValueError("it contains a blank or a control character")
+    scheme = SCHEME.match(url)
+    if scheme is None or scheme[0].lower() not in schemes:
+        raise ValueError("its scheme is another one" if scheme else "it has no scheme")
+    if _BARE_PERCENT.search(url):
+        raise ValueError("a % in a user name or password has to be written as %25")
+    try:
+        parts = urlsplit(url)
+        # PostgreSQL takes several hosts separated by commas, which urlsplit can't take apart.
+        _ = "," in parts.netloc or parts.port
+    except ValueError:
+        raise ValueError(f"its host or port can't be read; {ENCODED}") from None
+    # A password that holds one of / ? # ends too early: what is left of it would be taken for a
+    # path or an option, and its beginning for a host, which drivers print.
+    after = parts.query + parts.fragment + ("" if parts.scheme == "unix" else parts.path)
+    if "@" in after:
+        raise ValueError(f"it has an @ behind its host; {ENCODED}, @ as %40")
+    return url
