@@ -83,7 +83,7 @@ image-test: $(INSTALLED) ## build the image without Docker, run jobs through it,
 	$(BIN)/python -m scripts.image_test
 
 interleavings: $(INSTALLED) ## drive 10,000 interleavings of claims, writes, stalls, cancels through one row
-	INTERLEAVINGS=10000 $(BIN)/python -m pytest -q tests/integration/test_never_backwards.py
+	INTERLEAVINGS=10000 $(BIN)/python -m pytest -q tests/integration/recording/test_never_backwards.py
 
 bench: $(INSTALLED) $(NODE_INSTALLED) ## measure jobs per second
 	$(BIN)/python -m bench

@@ -11,11 +11,11 @@ import psutil
 import psycopg
 from redis import Redis
 
-from autoflow_worker.embedded import EmbeddedPostgres, EmbeddedRedis
+from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis
 from bench.process import ROOT, cpu_seconds
 
 PREFIX = "bench"
-_SCHEMA = files("autoflow_worker").joinpath("schema.sql").read_text()
+_SCHEMA = files("autoflow_worker.recording").joinpath("schema.sql").read_text()
 
 # The rows of jobs `first` to `last` of a queue, as the API inserts them before it enqueues.
 _ROWS = """

@@ -6,9 +6,10 @@ Everything is as always, but nothing is written about a job, and nobody waits fo
 import asyncio
 from typing import Any
 
-from autoflow_worker import cli, service, task_worker
-from autoflow_worker.recorder import StatusRecorder
-from autoflow_worker.writes import Verdict
+from autoflow_worker import cli, service
+from autoflow_worker.recording.recorder import StatusRecorder
+from autoflow_worker.recording.write import Verdict
+from autoflow_worker.worker import task_worker
 
 
 class NoRecorder(StatusRecorder):

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from autoflow_worker import TaskContext, TaskOptions, UnrecoverableError, define_task
-from autoflow_worker.worker_options import WorkerOptions
+from autoflow_worker.tasks.worker_options import WorkerOptions
 from chaos.effects import FOLDER_VARIABLE, EffectLog
 
 DEFAULTS_VARIABLE = "CHAOS_DEFAULTS"

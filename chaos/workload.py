@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import psycopg
 from psycopg.types.json import Jsonb
 
-from autoflow_worker import record
+from autoflow_worker.recording import patches
 from chaos.effects import Key
 from chaos.tasks import DOOMED, FLAKY, QUEUES, QUICK, SLOW, SYNC
 from tests.support.database import task_data
@@ -51,7 +51,7 @@ class PlannedJob:
 
     @property
     def row_id(self) -> str:
-        own = record.own_row_id(self.queue, self.job.task_id)
+        own = patches.own_row_id(self.queue, self.job.task_id)
         return own if self.numbered else self.job.task_id
 
 

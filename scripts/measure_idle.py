@@ -26,7 +26,7 @@ import psycopg
 from bullmq import Job, Queue, Worker
 from redis.asyncio import Redis
 
-from autoflow_worker.embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
+from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
 
 SPELLS = (1, 7, 13, 26, 60)
 """Seconds of idleness before a job."""
@@ -179,7 +179,9 @@ async def measure() -> None:
         (folder / "tasks_config.py").write_text(textwrap.dedent(TASKS))
         database_url = stack.enter_context(_started(EmbeddedPostgres())).url
         with psycopg.connect(database_url) as connection:
-            connection.execute(files("autoflow_worker").joinpath("schema.sql").read_text())
+            connection.execute(
+                files("autoflow_worker.recording").joinpath("schema.sql").read_text()
+            )
         ours, official, idle_1, idle_100 = (
             Contestant(stack, database_url, folder, tasks)
             for tasks in ("tasks", None, "idle_1", "idle_100")

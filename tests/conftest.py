@@ -12,7 +12,7 @@ import pytest
 import structlog
 from redis.asyncio import Redis
 
-from autoflow_worker.embedded import EmbeddedPostgres, EmbeddedRedis
+from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis
 from tests.support.api import Api
 from tests.support.database import (
     Connection,

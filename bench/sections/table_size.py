@@ -10,7 +10,7 @@ from bench.sizes import Sizes
 
 CONCURRENCY = 50
 
-_SCHEMA = files("autoflow_worker").joinpath("schema.sql").read_text()
+_SCHEMA = files("autoflow_worker.recording").joinpath("schema.sql").read_text()
 _INDEXES = ("tasks_user_id_idx", "tasks_status_idx", "tasks_task_name_idx")
 
 

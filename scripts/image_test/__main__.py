@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from autoflow_worker.embedded import embedded_postgres, embedded_redis
+from autoflow_worker.local.embedded import embedded_postgres, embedded_redis
 from scripts.image_test.build import REPOSITORY, Builder, BuildError, require_tools
 from scripts.image_test.contents import check_configuration, check_contents
 from scripts.image_test.jobs import Runs, check_faults, check_jobs

@@ -6,7 +6,7 @@ from typing import Any
 
 import psycopg
 
-from autoflow_worker.scheduler import TaskScheduler
+from autoflow_worker.scheduling.scheduler import TaskScheduler
 from scripts.image_test.build import Image
 from scripts.image_test.container import Container
 from scripts.image_test.tasks.tasks_config import (

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from autoflow_worker.broker.libraries import mismatch_of_import
 from autoflow_worker.errors import PayloadError, WorkerError
-from autoflow_worker.libraries import mismatch_of_import
 
 try:
-    from autoflow_worker.task import (
+    from autoflow_worker.tasks.definition import (
         DelayedError,
         TaskContext,
         TaskDefinition,
@@ -22,7 +22,7 @@ except ImportError as error:
     raise
 
 if TYPE_CHECKING:
-    from autoflow_worker.scheduler import TaskScheduler
+    from autoflow_worker.scheduling.scheduler import TaskScheduler
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # A module of tasks needs none of what this one imports: the clients of both servers.
     if name == "TaskScheduler":
-        from autoflow_worker.scheduler import TaskScheduler  # noqa: PLC0415
+        from autoflow_worker.scheduling.scheduler import TaskScheduler  # noqa: PLC0415
 
         return TaskScheduler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

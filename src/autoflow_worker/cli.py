@@ -16,18 +16,18 @@ import click
 import structlog
 
 from autoflow_worker import __version__
+from autoflow_worker.broker.backoff import MAX_DELAY_MS
+from autoflow_worker.broker.libraries import mismatch_of_import
+from autoflow_worker.encoding.masking import mask_secrets
 from autoflow_worker.errors import WorkerError
-from autoflow_worker.event_loop import run_async, run_to_its_end
-from autoflow_worker.leaving import leave_process
-from autoflow_worker.libraries import mismatch_of_import
-from autoflow_worker.logs import configure_logging
-from autoflow_worker.masking import mask_secrets
-from autoflow_worker.retry import MAX_DELAY_MS
+from autoflow_worker.logs.configure import configure_logging
+from autoflow_worker.process.event_loop import run_async, run_to_its_end
+from autoflow_worker.process.leaving import leave_process
 
 if TYPE_CHECKING:
-    from autoflow_worker.reconcile_plan import Lost
+    from autoflow_worker.operations.reconcile_plan import Lost
     from autoflow_worker.settings import Settings
-    from autoflow_worker.task import TaskDefinition
+    from autoflow_worker.tasks.definition import TaskDefinition
 
 log = structlog.get_logger(__name__)
 
@@ -82,17 +82,17 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
     jobs finish for WORKER_SHUTDOWN_GRACE seconds; another signal, at least a second later, hands
     them back at once. SIGUSR1 prints what runs.
     """
-    from autoflow_worker.signals import hold_signals
-    from autoflow_worker.watchdog import leave_stacks
+    from autoflow_worker.process.signals import hold_signals
+    from autoflow_worker.process.watchdog import leave_stacks
 
     hold_signals()  # before the imports that take long
     leave_stacks()
     from autoflow_worker.env_files import read_env_files
-    from autoflow_worker.loader import load_tasks
     from autoflow_worker.settings import Settings
+    from autoflow_worker.tasks.loader import load_tasks
 
     if until_stdin_closes:
-        from autoflow_worker.dev import stop_when_stdin_closes
+        from autoflow_worker.local.dev import stop_when_stdin_closes
 
         stop_when_stdin_closes()
     env_files = read_env_files()
@@ -106,10 +106,10 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
 
 
 def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") -> int:
-    from autoflow_worker.fork_guard import guard_forks
-    from autoflow_worker.handler_tasks import contain_tasks
+    from autoflow_worker.process.forks import guard_forks
+    from autoflow_worker.process.signals import stop_on_signals
     from autoflow_worker.service import WorkerService
-    from autoflow_worker.signals import stop_on_signals
+    from autoflow_worker.worker.handler_tasks import contain_tasks
 
     # What was imported stays, and a job leaves next to nothing that refers to itself: looking for
     # that as often as Python does took a tenth of the time.
@@ -136,7 +136,7 @@ def dev(tasks: str | None, queues: str | None) -> int:
     Restarts when a Python file below the working directory changes. A server whose URL is not set
     is started from its wheel, and is gone afterwards.
     """
-    from autoflow_worker.dev import run_dev
+    from autoflow_worker.local.dev import run_dev
 
     return run_dev(tasks=tasks, queues=queues)
 
@@ -147,7 +147,7 @@ def demo() -> int:
 
     Starts servers of its own, and leaves nothing behind.
     """
-    from autoflow_worker.demo import run_demo
+    from autoflow_worker.local.demo.run import run_demo
 
     return run_demo()
 
@@ -159,8 +159,8 @@ def check(tasks: str | None, queues: str | None) -> int:
 
     The exit code is that of the first failure.
     """
-    from autoflow_worker.check import run_checks
     from autoflow_worker.env_files import read_env_files
+    from autoflow_worker.operations.check import run_checks
 
     configure_logging("error")
     exit_code = 0
@@ -191,9 +191,9 @@ def schedule(  # noqa: PLR0917 - click passes them by name
     A dash in place of the JSON reads it from stdin.
     """
     from autoflow_worker.env_files import read_env_files
-    from autoflow_worker.loader import load_tasks
-    from autoflow_worker.scheduler import TaskScheduler
+    from autoflow_worker.scheduling.scheduler import TaskScheduler
     from autoflow_worker.settings import Settings
+    from autoflow_worker.tasks.loader import load_tasks
 
     read_env_files()
     settings = Settings.load(tasks_config=tasks)
@@ -232,13 +232,13 @@ def init_db() -> int:
 
     In production the API's migrations do this. What is there is not changed.
     """
-    from autoflow_worker import database
     from autoflow_worker.env_files import read_env_files
+    from autoflow_worker.recording import table
     from autoflow_worker.settings import Settings
 
     read_env_files()
     settings = Settings.load(needs={"database_url"})
-    run_async(database.init_db(settings.database_url.get_secret_value()))
+    run_async(table.init_db(settings.database_url.get_secret_value()))
     click.echo("the tasks table is there")
     return 0
 
@@ -257,10 +257,10 @@ def reconcile(fix: bool, lost: "Lost | None") -> int:
     failed job is retried in BullMQ. A row whose job is gone is left alone without --lost. The exit
     code is 5 if differences are left, and 0 if there is nothing left to do.
     """
+    from autoflow_worker.broker.client import PipelinedRedis
     from autoflow_worker.env_files import read_env_files
-    from autoflow_worker.reconcile import reconcile as compare
-    from autoflow_worker.reconcile_report import HEADER, Summary, line
-    from autoflow_worker.redis_client import PipelinedRedis
+    from autoflow_worker.operations.reconcile import reconcile as compare
+    from autoflow_worker.operations.reconcile_report import HEADER, Summary, line
     from autoflow_worker.settings import Settings
 
     read_env_files()

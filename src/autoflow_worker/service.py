@@ -7,7 +7,9 @@ from typing import Any, Final, TypeVar
 import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from autoflow_worker.database import CONNECT_TIMEOUT, inspect_tasks_table
+from autoflow_worker.broker.client import PipelinedRedis
+from autoflow_worker.broker.job_queue import JobQueue
+from autoflow_worker.broker.requirements import RedisReport, examine_redis
 from autoflow_worker.errors import (
     DatabaseRefusedError,
     DatabaseUnavailableError,
@@ -18,15 +20,13 @@ from autoflow_worker.errors import (
     RedisUnfitError,
     WorkerError,
 )
-from autoflow_worker.fitness import RedisReport, examine_redis
-from autoflow_worker.job_queue import JobQueue
 from autoflow_worker.outage import Refusals
-from autoflow_worker.recorder import StatusRecorder
-from autoflow_worker.redis_client import PipelinedRedis
-from autoflow_worker.running_jobs import running_jobs
+from autoflow_worker.recording.recorder import StatusRecorder
+from autoflow_worker.recording.table import CONNECT_TIMEOUT, inspect_tasks_table
 from autoflow_worker.settings import Settings
-from autoflow_worker.task import TaskDefinition
-from autoflow_worker.task_worker import TaskWorker
+from autoflow_worker.tasks.definition import TaskDefinition
+from autoflow_worker.worker.running_jobs import running_jobs
+from autoflow_worker.worker.task_worker import TaskWorker
 
 log = structlog.get_logger(__name__)
 

@@ -20,12 +20,12 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from autoflow_worker.database_urls import database_url as checked_database_url
+from autoflow_worker.broker.redis_urls import redis_url as checked_redis_url
+from autoflow_worker.encoding.masking import mask_secrets
 from autoflow_worker.errors import SettingsError
-from autoflow_worker.logs import LogFormat, LogLevel
+from autoflow_worker.logs.configure import LogFormat, LogLevel
 from autoflow_worker.lookalikes import Lookalike, lookalikes
-from autoflow_worker.masking import mask_secrets
-from autoflow_worker.redis_urls import redis_url as checked_redis_url
+from autoflow_worker.recording.database_urls import database_url as checked_database_url
 from autoflow_worker.urls import SCHEME
 
 # Names that Node's loggers know, so that one LOG_LEVEL serves the API and this worker.

@@ -10,11 +10,11 @@ from typing import Any
 import psutil
 import pytest
 
-from autoflow_worker import record
-from autoflow_worker.demo import INTERRUPTED, example_tasks
-from autoflow_worker.demo_kinds import BY_PRIORITY, DELAYED, KINDS, Added, faults
-from autoflow_worker.loader import load_tasks
-from autoflow_worker.task import PRIORITIES
+from autoflow_worker.local.demo.kinds import BY_PRIORITY, DELAYED, KINDS, Added, faults
+from autoflow_worker.local.demo.run import INTERRUPTED, example_tasks
+from autoflow_worker.recording import patches
+from autoflow_worker.tasks.definition import PRIORITIES
+from autoflow_worker.tasks.loader import load_tasks
 from tests.support.process import WorkerStarter
 from tests.support.until import until
 
@@ -86,8 +86,8 @@ def as_expected() -> tuple[list[Added], Rows, list[str]]:
                 "result": {} if kind.ends == "completed" else None,
                 "error": error,
                 "priority": list(PRIORITIES)[n * len(PRIORITIES) // kind.count],
-                "enqueuedAt": record.iso(0),
-                "startedAt": record.iso(kind.delay_ms + n) if kind.attempts else None,
+                "enqueuedAt": patches.iso(0),
+                "startedAt": patches.iso(kind.delay_ms + n) if kind.attempts else None,
             }
             added.append(Added(kind, row_id, row_id))
     return added, rows, [each.kind.state for each in added]
@@ -115,7 +115,7 @@ FIRST = {kind.name: f"{kind.name} 0" for kind in KINDS}
             lambda rows: rows[FIRST["invalid payload"]].update(error={"reason": "another"}),
             "invalid payload",
         ),
-        (lambda rows: rows[FIRST["delayed"]].update(startedAt=record.iso(999)), DELAYED.name),
+        (lambda rows: rows[FIRST["delayed"]].update(startedAt=patches.iso(999)), DELAYED.name),
         (lambda rows: rows[FIRST["delayed"]].update(startedAt=None), DELAYED.name),
         (lambda rows: rows[FIRST["by priority"]].update(priority="low"), BY_PRIORITY.name),
     ],

@@ -12,7 +12,7 @@ from textwrap import dedent
 
 import pytest
 
-from autoflow_worker.signals import SAME_WITHIN
+from autoflow_worker.process.signals import SAME_WITHIN
 from tests.support.api import Api
 from tests.support.process import WorkerStarter
 from tests.support.until import until

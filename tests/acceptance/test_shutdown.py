@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from autoflow_worker.signals import SAME_WITHIN
+from autoflow_worker.process.signals import SAME_WITHIN
 from tests.support.api import Api
 from tests.support.process import WorkerProcess, WorkerStarter
 from tests.support.until import until

@@ -8,7 +8,7 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from autoflow_worker.embedded import EmbeddedRedis
+from autoflow_worker.local.embedded import EmbeddedRedis
 
 
 class ConfiguredRedis(EmbeddedRedis):

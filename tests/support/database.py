@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from tests.support.row import TaskRow
 from tests.support.until import PATIENCE, until
 
-SCHEMA = files("autoflow_worker").joinpath("schema.sql").read_text()
+SCHEMA = files("autoflow_worker.recording").joinpath("schema.sql").read_text()
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 

@@ -5,7 +5,7 @@ import hashlib
 from bullmq import Worker
 from redis.asyncio import Redis
 
-from autoflow_worker.script_guard import guarded_as
+from autoflow_worker.broker.script_guard import guarded_as
 
 
 def sha_of(name: str) -> bytes:

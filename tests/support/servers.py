@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from autoflow_worker.embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, in_wheel
+from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, in_wheel
 
 
 def redis_programs() -> dict[str, Path]:

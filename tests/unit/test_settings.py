@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoflow_worker.broker.redis_urls import redis_url
 from autoflow_worker.errors import SettingsError
-from autoflow_worker.redis_urls import redis_url
 from autoflow_worker.settings import Settings
 
 URLS = {"REDIS_URL": "redis://h:1/2", "DATABASE_URL": "postgresql://h/db"}

@@ -1,0 +1,122 @@
+"""bullmq's `Worker` of a queue, once bullmq has shown that it is the one that this package knows.
+
+`completion` makes the arguments of one of BullMQ's scripts itself, and `job_queue` calls methods
+that are no public interface of bullmq. A bullmq that differs there would corrupt jobs in silence,
+so the first worker of a process is held against both before any job is touched.
+"""
+
+import copy
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any, Final
+
+import msgpack
+from bullmq import Worker
+
+from autoflow_worker.broker.claim import read_claim
+from autoflow_worker.broker.completion import CompletionArguments
+from autoflow_worker.broker.libraries import mismatch
+
+# Methods that are called by position, and their parameters in that order.
+_PARAMETERS: Final = {
+    "moveToActive": ("token", "opts"),
+    "moveToDelayedArgs": ("job_id", "timestamp", "token", "delay", "opts"),
+    "retryJobArgs": ("job_id", "lifo", "token", "opts"),
+    "extendJobLocks": ("job_ids", "tokens", "duration"),
+    "moveStalledJobsToWait": ("maxStalledCount", "stalledInterval"),
+    "getState": ("job_id",),
+    "finishedErrors": ("opts",),
+}
+_COMMANDS: Final = ("moveToFinished", "moveToDelayed", "retryJob")
+
+# A worker's options, a job's, and what to keep of finished jobs.
+_CASES: Final[tuple[tuple[dict[str, Any], dict[str, Any], Any], ...]] = (
+    ({}, {}, False),
+    ({"metrics": {"maxDataPoints": 60}}, {"attempts": 3}, 100),
+    ({"limiter": {"max": 1, "duration": 1000}}, {"failParentOnFailure": True}, True),
+    ({"lockDuration": 1234, "metrics": {}}, {"removeDependencyOnFailure": True}, {"age": 60}),
+)
+
+_known: Final[set[type[Worker]]] = set()
+
+
+def official_worker(name: str, redis: Any, prefix: str, options: Mapping[str, Any]) -> Worker:
+    """Make bullmq's `Worker` without a processor, which starts nothing.
+
+    Args:
+        name: the queue.
+        redis: the client, which is not used yet.
+        prefix: BullMQ's key prefix.
+        options: BullMQ worker options.
+
+    Raises:
+        LibraryMismatchError: the installed bullmq differs from the one that this package knows.
+    """
+    given = {**options, "connection": redis, "prefix": prefix}
+    if Worker in _known:
+        return Worker(name, None, given)
+    try:
+        worker = Worker(name, None, given)
+        difference = next(_differences(worker, given), None)
+    except Exception as error:
+        # Whatever another version breaks on.
+        raise mismatch("bullmq", f"{type(error).__name__}: {error}") from error
+    if difference is not None:
+        raise mismatch("bullmq", difference)
+    _known.add(Worker)
+    return worker
+
+
+def _differences(worker: Worker, given: Mapping[str, Any]) -> Iterator[str]:
+    if not given.items() <= worker.opts.items() or not _works_over(worker, given["connection"]):
+        yield "Worker takes other arguments"
+    for name, expected in _PARAMETERS.items():
+        found = tuple(inspect.signature(getattr(worker.scripts, name)).parameters)
+        if found != expected:
+            yield f"{name} takes {', '.join(found)}"
+    for (options, job_options, keep), fetch_next in product(_CASES, (True, False)):
+        shaped = copy.copy(worker)
+        shaped.opts = {**worker.opts, **options}
+        yield from _differences_of(shaped, job_options, keep, fetch_next=fetch_next)
+
+
+def _works_over(worker: Worker, redis: Any) -> bool:
+    return all(worker.scripts.commands[name].registered_client is redis for name in _COMMANDS)
+
+
+def _differences_of(
+    worker: Worker, job_options: Mapping[str, Any], keep: Any, *, fetch_next: bool
+) -> Iterator[str]:
+    """Compare what the script gets for a job that is made up."""
+    text = json.dumps(job_options)
+    fields = {"name": "a-name", "data": "{}", "opts": text, "timestamp": "1", "atm": "2"}
+    claim = read_claim(worker, fields, "an-id", "a-token", 0)
+    keys, args = CompletionArguments(worker.keys, worker.opts)(
+        claim, '{"a":1}', keep, fetch_next=fetch_next, now_ms=0
+    )
+    completed = keys, _readable(args)
+    about = keep, "a-token", fetch_next
+    theirs = worker.scripts.moveToCompletedArgs(claim.job, {"a": 1}, *about)
+    if (theirs[0], _readable(theirs[1])) != completed:
+        yield "moveToCompletedArgs packs something else than this worker"
+    failure = {"failedReason": "a reason"}
+    theirs = worker.scripts.moveToFailedArgs(claim.job, "a reason", *about, failure)
+    if (theirs[0], _readable(theirs[1])) != _as_failed(worker, *completed):
+        yield "moveToFailedArgs packs something else than this worker expects"
+
+
+def _as_failed(worker: Worker, keys: list[str], args: list[Any]) -> tuple[list[str], list[Any]]:
+    """What a completed job's keys and arguments are for one that failed."""
+    known, metrics = worker.keys, worker.keys[""] + "metrics:"
+    others = {known["completed"]: known["failed"], metrics + "completed": metrics + "failed"}
+    job_id, _, _, _, *rest = args
+    failed = [job_id, "failedReason", "a reason", "failed", *rest, ["failedReason", "a reason"]]
+    return [others.get(key, key) for key in keys], failed
+
+
+def _readable(args: list[Any]) -> list[Any]:
+    """The arguments unpacked, without the time, which is the second."""
+    rest = [args[0], *args[2:]]
+    return [msgpack.unpackb(arg) if isinstance(arg, bytes) else arg for arg in rest]

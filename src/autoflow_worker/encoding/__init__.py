@@ -1,0 +1,4 @@
+"""Any Python value, exception or secret as text that both stores and the log take.
+
+Start at `results`.
+"""

@@ -1,0 +1,4 @@
+"""The `demo` command.
+
+Start at `run`.
+"""

@@ -1,0 +1,171 @@
+"""The ``dev`` command: the worker in a process of its own, restarted when its source changes."""
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from autoflow_worker.env_files import read_env_files
+from autoflow_worker.errors import MissingExtraError, WorkerError
+from autoflow_worker.local.embedded import embedded_postgres, embedded_redis
+from autoflow_worker.logs.configure import configure_logging
+from autoflow_worker.process.signals import SAME_WITHIN, stop_on_signals
+from autoflow_worker.recording.table import init_db
+from autoflow_worker.settings import Settings
+
+try:
+    from watchfiles import Change, PythonFilter, awatch
+except ImportError as error:
+    raise MissingExtraError(f"dev needs {error.name or error}") from None
+
+#: Seconds that running jobs have before a reload, if WORKER_SHUTDOWN_GRACE does not say.
+RELOAD_GRACE = "2"
+#: Seconds beyond the grace after which a worker that does not end is killed.
+KILL_AFTER = 3.0
+_WATCHED = PythonFilter(extra_extensions=(".env", ".env.local", ".env.development"))
+#: Seconds by which the worker may notice its first signal late.
+SIGNAL_LATENCY = 0.5
+
+
+def run_dev(*, tasks: str | None = None, queues: str | None = None) -> int:
+    """Run the worker until a signal, starting it again at each change of a Python or .env file.
+
+    Raises:
+        SettingsError: the settings are wrong; the URLs may be missing.
+        WorkerError: an embedded server is missing or does not start.
+    """
+    # The worker reads the files by itself, so that a change of theirs counts at its next start.
+    inherited = dict(os.environ)
+    read_env_files()
+    if not os.environ.get("WORKER_SHUTDOWN_GRACE"):
+        os.environ["WORKER_SHUTDOWN_GRACE"] = inherited["WORKER_SHUTDOWN_GRACE"] = RELOAD_GRACE
+    settings = Settings.load(
+        tasks_config=tasks,
+        worker_queues=queues,
+        redis_url=os.environ.get("REDIS_URL") or "redis://embedded",
+        database_url=os.environ.get("DATABASE_URL") or "postgresql://embedded",
+    )
+    command = [sys.executable, "-m", "autoflow_worker", "start", "--until-stdin-closes"]
+    command += ["--tasks", tasks] if tasks else []
+    command += ["--queues", queues] if queues else []
+    # The worker speaks for itself; this process only says what it does.
+    configure_logging("error")
+    with _servers() as urls:
+        supervisor = _Supervisor(command, {**inherited, **urls}, settings.worker_shutdown_grace)
+        return asyncio.run(supervisor.run())
+
+
+def stop_when_stdin_closes() -> None:
+    """End this process by SIGTERM when its parent is gone, however the parent ended."""
+
+    def watch() -> None:
+        with suppress(OSError):
+            while os.read(0, 1024):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+@contextmanager
+def _servers() -> Iterator[Mapping[str, str]]:
+    """Run a server for each URL that is not set, and yield the URLs of these."""
+    urls = {}
+    with ExitStack() as stack:
+        if not os.environ.get("REDIS_URL"):
+            urls["REDIS_URL"] = stack.enter_context(embedded_redis())
+        if not os.environ.get("DATABASE_URL"):
+            urls["DATABASE_URL"] = stack.enter_context(embedded_postgres())
+            asyncio.run(init_db(urls["DATABASE_URL"]))
+        for name, url in urls.items():
+            _say(f"{name}={url} (embedded)")
+        yield urls
+
+
+class _Supervisor:
+    """Keeps one worker process running, over the changes of its source."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], grace: float) -> None:
+        self._command = command
+        self._env = env
+        self._kill_after = grace + KILL_AFTER
+        self._root = Path.cwd()
+
+    async def run(self) -> int:
+        """Run until a signal; return the last worker's exit code, 1 if it had to be killed."""
+        with stop_on_signals() as (stop, abort):
+            changes = awatch(self._root, watch_filter=_WATCHED, stop_event=stop)
+            while True:
+                worker = await self._start()
+                changed = await self._until_change(worker, changes, stop)
+                code = await self._end(worker, abort)
+                if not changed:
+                    return code if code >= 0 else WorkerError.exit_code
+                _say(f"{', '.join(changed)} changed: starting again")
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *self._command,
+            env=self._env,
+            # Nothing is ever written: its end tells the worker that this process is gone.
+            stdin=asyncio.subprocess.PIPE,
+            # Out of reach of the terminal's Ctrl-C, which this process passes on: as two signals,
+            # it would hand running jobs back at once.
+            process_group=0,
+        )
+
+    async def _until_change(
+        self,
+        worker: asyncio.subprocess.Process,
+        changes: AsyncIterator[set[tuple[Change, str]]],
+        stop: asyncio.Event,
+    ) -> list[str]:
+        """Return the files that changed; none if a signal asks to stop."""
+        ended = asyncio.create_task(worker.wait())
+        change = asyncio.ensure_future(anext(changes, None))
+        await asyncio.wait({ended, change}, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done() and not stop.is_set() and not change.done():
+            _say(f"the worker ended with exit code {ended.result()}; waiting for a change")
+        # A signal ends the iterator, so this wait ends too.
+        found = await change
+        ended.cancel()
+        return sorted({_short(path, self._root) for _, path in found or ()})
+
+    async def _end(self, worker: asyncio.subprocess.Process, abort: asyncio.Event) -> int:
+        """Stop the worker, pass a second signal on, and kill it when its time is up."""
+        ended = asyncio.create_task(worker.wait())
+        aborted = asyncio.create_task(abort.wait())
+        told_at = asyncio.get_running_loop().time()
+        _signal(worker)
+        await asyncio.wait(
+            {ended, aborted}, timeout=self._kill_after, return_when=asyncio.FIRST_COMPLETED
+        )
+        if aborted.done() and not ended.done():
+            # Sooner, the worker would take it for the first one again.
+            again_at = told_at + SAME_WITHIN + SIGNAL_LATENCY
+            await asyncio.wait({ended}, timeout=again_at - asyncio.get_running_loop().time())
+            _signal(worker)
+            await asyncio.wait({ended}, timeout=KILL_AFTER)
+        if not ended.done():
+            _say("the worker does not end: killing it")
+            with suppress(ProcessLookupError):
+                worker.kill()
+        aborted.cancel()
+        return await ended
+
+
+def _short(path: str, root: Path) -> str:
+    return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else path
+
+
+def _signal(worker: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError):
+        worker.terminate()
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"dev: {message}\n")

@@ -1,0 +1,4 @@
+"""Log lines.
+
+Start at `configure`.
+"""

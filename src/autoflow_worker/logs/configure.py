@@ -1,0 +1,239 @@
+"""Log lines: structlog, as JSON in production; written by a thread of their own.
+
+A line is made where it is logged and written elsewhere, because an output can block: a paused
+terminal or a log collector that hangs would stop the event loop, locks would no longer be renewed,
+and running jobs would be taken for stalled.
+"""
+
+import atexit
+import logging
+import re
+import sys
+from collections.abc import Callable
+from typing import IO, Any, Literal
+
+import orjson
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+from autoflow_worker.encoding.masking import MASK, mask_secrets
+from autoflow_worker.logs.writer import LogWriter
+
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+LogFormat = Literal["console", "json"]
+
+#: A longer line, in characters, is made again with each of its values cut to MAX_VALUE_LENGTH.
+MAX_LINE_LENGTH = 16_384
+MAX_VALUE_LENGTH = 2_048
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+_HIGHEST_FIRST = tuple(reversed(_LEVELS.items()))
+_SAFE_INTEGER = 2**53
+# Texts of several lines, which are printed as they are but for this: escape sequences begin with a
+# control character, and others turn the direction of what follows.
+_TEXTS = frozenset({"event", "exception", "stack"})
+_TERMINAL_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+# Made here, by processors: the level decides the colour.
+_OWN = frozenset({"level", "timestamp"})
+_QUOTED = frozenset(" =\"'")
+# Left before a cut, which would make half a URL of one: that is not recognised, and shows all. A
+# private key of 4096 bits has 3,300 characters.
+_SECRET_LENGTH = 4_096
+
+
+def _unconfigured(context: dict[str, Any]) -> FilteringBoundLogger:
+    logger: FilteringBoundLogger = structlog.get_logger(**context)
+    return logger
+
+
+class _Configured:
+    """What the last ``configure_logging`` chose."""
+
+    writer: LogWriter | None = None
+    job_logger: Callable[[dict[str, Any]], FilteringBoundLogger] = staticmethod(_unconfigured)
+
+
+def configure_logging(
+    level: LogLevel = "info", fmt: LogFormat = "console", stream: IO[str] | None = None
+) -> None:
+    """Set up structlog, and send the standard library's logging the same way.
+
+    Args:
+        level: the lowest level that is shown.
+        fmt: ``json``, one object per line, or ``console``.
+        stream: where lines go; stdout if not given.
+    """
+    flush_logs()
+    stream = sys.stdout if stream is None else stream
+    writer = LogWriter(stream)
+    # No copy of the event, no call-site lookup, no filtering by processor: each costs every line.
+    processors: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        _Renderer(_json if fmt == "json" else _console(stream)),
+    ]
+    bound_logger: Any = structlog.make_filtering_bound_logger(_LEVELS[level])
+    structlog.configure(
+        processors=processors,
+        wrapper_class=bound_logger,
+        logger_factory=lambda *_: writer,
+        cache_logger_on_first_use=True,
+    )
+    if _Configured.writer is None:
+        atexit.register(flush_logs)
+    _Configured.writer = writer
+    _Configured.job_logger = staticmethod(
+        lambda context: bound_logger(writer, processors=processors, context=context)
+    )
+    root = logging.getLogger()
+    root.handlers = [_StandardHandler(processors, writer)]
+    root.setLevel(_LEVELS[level])
+    logging.captureWarnings(True)
+
+
+def job_logger(**context: Any) -> FilteringBoundLogger:
+    """Return a logger that is bound to the context.
+
+    Made at once instead of by ``structlog.get_logger().bind()``, which copies the context and
+    asks for the configuration: there is a logger for every job that logs.
+    """
+    return _Configured.job_logger(context)
+
+
+def flush_logs(timeout: float = 1.0) -> bool:
+    """Wait until all lines are written, at most ``timeout`` seconds; say whether they are."""
+    return _Configured.writer is None or _Configured.writer.flush(timeout)
+
+
+class _Renderer:
+    """The last processor: a line of text, whatever the values are."""
+
+    def __init__(self, render: Callable[[EventDict], str]) -> None:
+        self._render = render
+
+    def __call__(self, _logger: WrappedLogger, _name: str, event: EventDict) -> str:
+        try:
+            line = self._render(dict(event))
+        except Exception:
+            line = self._render({key: _plain(value) for key, value in event.items()})
+        if len(line) > MAX_LINE_LENGTH:
+            line = self._render({key: _cut(_plain(value)) for key, value in event.items()})
+        return line
+
+
+def _json(event: EventDict) -> str:
+    line = orjson.dumps(event, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+    if mask_secrets(line) == line:
+        return line
+    # Value by value: in the line as a whole, what looks like a password can span two of them.
+    return orjson.dumps(_masked(orjson.loads(line))).decode()
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, str):
+        return mask_secrets(value)
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    if isinstance(value, dict):
+        return {
+            mask_secrets(key): MASK if _is_secret(key, item) else _masked(item)
+            for key, item in value.items()
+        }
+    return value
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return False
+    pair = f'"{key}": ""'
+    return mask_secrets(pair) != pair
+
+
+def _console(stream: IO[str] | None) -> Callable[[EventDict], str]:
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=stream is not None and stream.isatty(),
+        exception_formatter=structlog.dev.plain_traceback,
+        sort_keys=False,
+    )
+    return lambda event: mask_secrets(str(renderer(None, "", _for_terminal(event))))
+
+
+def _for_terminal(event: EventDict) -> EventDict:
+    """Return the event as text that a terminal shows and does not obey.
+
+    What is secret by its key is masked here: a colour stands between key and value later.
+    """
+    shown: EventDict = {}
+    for key, value in event.items():
+        if key in _TEXTS:
+            shown[key] = _escaped(str(value))
+        elif key in _OWN:
+            shown[key] = value
+        else:
+            name = key if key.isprintable() else repr(key)
+            shown[name] = _Shown(MASK if _is_secret(key, value) else value)
+    return shown
+
+
+class _Shown:
+    """A value's text, which the renderer takes as it is."""
+
+    def __init__(self, value: object) -> None:
+        plain = isinstance(value, str) and value.isprintable() and not _QUOTED.intersection(value)
+        self._text = str(value) if plain else _escaped(repr(value))
+
+    def __repr__(self) -> str:
+        return self._text
+
+    __str__ = __repr__
+
+
+def _escaped(text: str) -> str:
+    return _TERMINAL_CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def _plain(value: object) -> str | float | None:
+    if value is None or isinstance(value, bool | float):
+        return value
+    if isinstance(value, int) and abs(value) <= _SAFE_INTEGER:
+        return value
+    try:
+        text = value if isinstance(value, str) else repr(value)
+        return text.encode("utf-8", "backslashreplace").decode()
+    except Exception as error:
+        return f"<{type(value).__name__}, whose repr raised {type(error).__name__}>"
+
+
+def _cut(text: str | float | None) -> str | float | None:
+    if not isinstance(text, str) or len(text) <= MAX_VALUE_LENGTH:
+        return text
+    return mask_secrets(text[: MAX_VALUE_LENGTH + _SECRET_LENGTH])[:MAX_VALUE_LENGTH] + "..."
+
+
+class _StandardHandler(logging.Handler):
+    """Makes lines of the same kind from what libraries log."""
+
+    def __init__(self, processors: list[Processor], writer: LogWriter) -> None:
+        super().__init__()
+        self._processors = processors
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = record.getMessage()
+        except Exception:
+            text = str(record.msg)
+        level = next((name for name, number in _HIGHEST_FIRST if number <= record.levelno), "debug")
+        line: Any = {"event": text, "logger": record.name}
+        if record.exc_info:
+            line["exc_info"] = record.exc_info
+        try:
+            for process in self._processors:
+                line = process(self._writer, level, line)
+            self._writer.msg(line)
+        except Exception:
+            self.handleError(record)

@@ -1,0 +1,4 @@
+"""What an operator runs beside the worker.
+
+Start at `check`.
+"""

@@ -1,0 +1,110 @@
+"""The ``check`` command: everything that a start would refuse, without starting."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from redis.exceptions import RedisError
+
+from autoflow_worker.broker.client import PipelinedRedis
+from autoflow_worker.broker.official_worker import official_worker
+from autoflow_worker.broker.requirements import examine_redis
+from autoflow_worker.encoding.masking import mask_secrets
+from autoflow_worker.errors import RedisUnavailableError, SettingsError, WorkerError
+from autoflow_worker.recording.table import PROBED_QUEUE, inspect_tasks_table
+from autoflow_worker.settings import Settings
+from autoflow_worker.tasks.loader import load_tasks
+
+#: Seconds that each server has to answer; a start waits longer (WORKER_STARTUP_TIMEOUT).
+PATIENCE = 5.0
+
+
+class Finding(NamedTuple):
+    """What one check found.
+
+    Attributes:
+        check: its name; empty for a further finding of the check before.
+        verdict: `ok`, `warning`, `failed` or `skipped`.
+        text: what was found, in one line or more; without secrets.
+        exit_code: what a start would end with, if it failed; 0 otherwise.
+    """
+
+    check: str
+    verdict: Literal["ok", "warning", "failed", "skipped"]
+    text: str
+    exit_code: int = 0
+
+
+def run_checks(env_files: Sequence[str] = (), **overrides: Any) -> Iterator[Finding]:
+    """Run all checks, one at each step, and yield what they find.
+
+    Args:
+        env_files: the files that variables were read from.
+        overrides: settings from the command line, by attribute; ``None`` is none.
+    """
+    queues: list[str] = []
+    settings, faults = Settings.examine(**overrides)
+    yield from _run("settings", lambda: _settings(settings, faults, env_files))
+    if "tasks_config" in faults or "worker_queues" in faults:
+        yield Finding("task list", "skipped", "TASKS_CONFIG or WORKER_QUEUES is wrong")
+    else:
+        yield from _run("task list", lambda: _task_list(settings, queues))
+    if "redis_url" in faults:
+        yield Finding("Redis", "skipped", "REDIS_URL is missing or wrong")
+    else:
+        yield from _run("Redis", lambda: asyncio.run(_redis(settings, queues)))
+    if "database_url" in faults:
+        yield Finding("PostgreSQL", "skipped", "DATABASE_URL is missing or wrong")
+    else:
+        yield from _run("PostgreSQL", lambda: asyncio.run(_database(settings, queues)))
+
+
+def _run(name: str, check: Callable[[], list[str]]) -> Iterator[Finding]:
+    """Run a check; what it returns are remarks, the first of which is the finding."""
+    try:
+        finding, *warnings = check()
+    except WorkerError as error:
+        yield Finding(name, "failed", mask_secrets(str(error)), error.exit_code)
+        return
+    yield Finding(name, "ok", finding)
+    for warning in warnings:
+        yield Finding("", "warning", warning)
+
+
+def _settings(settings: Settings, faults: dict[str, str], env_files: Sequence[str]) -> list[str]:
+    found = [str(lookalike) for lookalike in Settings.lookalikes()]
+    if faults:
+        raise SettingsError([*faults.values(), *found])
+    text = f"NODE_ENV={settings.node_env}, key prefix {settings.bullmq_prefix!r}"
+    return [text + "".join(f", {name} read" for name in env_files), *found]
+
+
+def _task_list(settings: Settings, queues: list[str]) -> list[str]:
+    tasks = load_tasks(settings.tasks_config, settings.worker_queues)
+    queues += [task.queue_name for task in tasks]
+    count = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}"
+    return [f"{count} in {settings.tasks_config!r}: {', '.join(queues)}"]
+
+
+async def _redis(settings: Settings, queues: Sequence[str]) -> list[str]:
+    client = PipelinedRedis(settings.redis_url.get_secret_value())
+    try:
+        official_worker("check", client, settings.bullmq_prefix, {})
+        await client.open(min(PATIENCE, settings.worker_startup_timeout))
+        # Without a task list there are no queues under whose prefixes commands could be tried.
+        report = await examine_redis(client, settings.bullmq_prefix, queues)
+    except (OSError, RedisError) as error:
+        raise RedisUnavailableError(f"Redis went away: {error}") from error
+    finally:
+        await client.aclose()
+    return [report.server, *report.warnings]
+
+
+async def _database(settings: Settings, queues: Sequence[str]) -> list[str]:
+    version = await inspect_tasks_table(
+        settings.database_url.get_secret_value(),
+        queue=next(iter(queues), PROBED_QUEUE),
+        new_rows=settings.record_unknown_jobs,
+        patience=min(PATIENCE, settings.worker_startup_timeout),
+    )
+    return [f"PostgreSQL {version}, the table is as it has to be"]

@@ -1,0 +1,247 @@
+"""Group commit of patches into the tasks table.
+
+Patches that arrive while a statement runs go into the next one: an idle system has no added
+latency, a busy one batches by itself, and there is no timer to tune. Each caller awaits the commit
+of its own patch. Nothing is given up while the recorder is open: what PostgreSQL can't take now is
+tried again until it can, or until the caller withdraws it; what it can never store is left out of
+the patch, if the rest is true without it.
+
+psycopg_pool is not used: its pause between attempts to reconnect grows to minutes, while what a
+worker has to record must be in the table seconds after PostgreSQL is back.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+from autoflow_worker.errors import PartDiedError
+from autoflow_worker.outage import Reasons, Refusals, Silence
+from autoflow_worker.recording.lane import LARGE_BATCH, MAX_BATCH, SLOW_BATCH, Lane
+from autoflow_worker.recording.refused_rows import RefusedRows
+from autoflow_worker.recording.statements import may_be_for_good, reason_of
+from autoflow_worker.recording.write import Verdict, Write
+
+log = structlog.get_logger(__name__)
+
+MAX_BATCH_SIZE: Final = 1_000_000
+"""Characters of patches in one statement, at most; a larger patch gets a statement of its own."""
+
+START_PATIENCE: Final = 5.0
+"""Seconds that a handler waits for its row to say `active`; then it starts and the row follows."""
+
+POSTPONED_PAUSE: Final = 0.5
+"""Seconds until a write that was put off is tried again, by itself; doubled from there."""
+
+POSTPONED_PAUSE_MAX: Final = 4.0
+"""Seconds between two such tries, at most."""
+
+
+class StatusRecorder:
+    """Writes patches into the tasks table, many in one statement.
+
+    Args:
+        url: libpq's connection URL.
+        max_connections: connections at most; one serves until `LARGE_BATCH` patches wait, or some
+            wait for a batch that takes longer than `SLOW_BATCH`.
+
+    Attributes:
+        refusals: PostgreSQL's, of connections and rows.
+        silence: is told when PostgreSQL hangs.
+    """
+
+    def __init__(self, url: str, *, max_connections: int = 1) -> None:
+        self._lanes = [Lane(self, url, index) for index in range(max_connections)]
+        self._waiting: deque[Write] = deque()
+        self._postponed: set[Write] = set()
+        self._due: deque[Write] = deque()
+        self._due_comes_next = True
+        self._refused_rows = RefusedRows()
+        self._patrol: asyncio.TimerHandle | None = None
+        self._helping: asyncio.TimerHandle | None = None
+        self._outage_since: float | None = None
+        self._reasons = Reasons()
+        self.refusals = Refusals()
+        self.silence = Silence("postgresql_silent", "postgresql_answers_again")
+        self._closed = False
+
+    async def open(self, timeout: float) -> None:
+        """Connect for the first time.
+
+        Args:
+            timeout: seconds to keep trying.
+
+        Raises:
+            DatabaseUnavailableError: not reached in time, a wrong password, or no such database.
+        """
+        await self._lanes[0].open(timeout)
+        for lane in self._lanes:
+            lane.start()
+
+    async def close(self, timeout: float) -> None:
+        """Write what waits, for `timeout` seconds at most, and disconnect. May be called twice."""
+        self._closed = True
+        if left := self._outstanding():
+            await asyncio.wait({write.settled for write in left}, timeout=timeout)
+        for write in (left := self._outstanding()):
+            if not write.ready.done():
+                write.release(Verdict.LATE)
+            write.settled.cancel()
+        if left:
+            log.error("writes_given_up", rows=[write.row_id for write in left][:20])
+        self._waiting.clear()
+        self._due.clear()
+        for timer in (self._patrol, self._helping):
+            if timer is not None:
+                timer.cancel()
+        await asyncio.gather(*(lane.close() for lane in self._lanes))
+
+    def deaths(self) -> list[asyncio.Task[None]]:
+        """The tasks that never end while the recorder works."""
+        return [lane.task for lane in self._lanes if lane.task is not None]
+
+    def submit(self, write: Write) -> Write:
+        """Put a write on its way; the caller awaits its `ready` or `settled`."""
+        if self._closed:
+            raise PartDiedError("the status recorder is closed")
+        self._waiting.append(write)
+        self.wake_lanes()
+        if self._patrol is None and write.is_start:
+            self._patrol = asyncio.get_running_loop().call_later(1.0, self._release_late)
+        return write
+
+    def withdraw(self, write: Write) -> None:
+        """Give up a write that was put off; its `settled` says whether it was written first."""
+        write.is_withdrawn = True
+        # What a statement holds may be committed by now, so that has to end first.
+        if not any(write in lane.batch for lane in self._lanes):
+            self._postponed.discard(write)
+            write.settle(Verdict.WITHDRAWN)
+            self.wake_lanes()
+
+    def take(self, at_least: int) -> list[Write]:
+        """The next batch: no row twice in it, or in two batches at once, so that order is kept.
+
+        A write that was put off is a batch of its own. These take turns with the others, since
+        one may take as long as PostgreSQL lets a statement run.
+
+        Args:
+            at_least: writes that have to wait for it to be worth a batch.
+        """
+        if len(self._waiting) + len(self._due) < at_least:
+            return []
+        if self._due and self._due_comes_next:
+            self._due_comes_next = False
+            return [self._due.popleft()]
+        busy = {write.row_id for lane in self._lanes for write in lane.batch}
+        put_off = (*self._postponed, *self._due)
+        busy.update(write.row_id for write in put_off if not write.settled.done())
+        batch: dict[str, Write] = {}
+        passed: list[Write] = []
+        room = MAX_BATCH_SIZE
+        while self._waiting and len(batch) < MAX_BATCH:
+            write = self._waiting.popleft()
+            room -= len(write.text)
+            if batch and room < 0:
+                self._waiting.appendleft(write)
+                break
+            if write.row_id in batch or write.row_id in busy:
+                passed.append(write)
+                continue
+            batch[write.row_id] = write
+        self._waiting.extendleft(reversed(passed))
+        if self._due and not batch:
+            return [self._due.popleft()]
+        self._due_comes_next = True
+        return list(batch.values())
+
+    def postpone(self, write: Write) -> None:
+        """Try a write again in a while, by itself; later writes of its row stay behind it."""
+        if write.is_withdrawn:
+            write.settle(Verdict.WITHDRAWN)
+            return
+        write.put_off()
+        self._postponed.add(write)
+        doublings = min(write.times_put_off - 1, 10)
+        pause = min(POSTPONED_PAUSE * 2**doublings, POSTPONED_PAUSE_MAX)
+        asyncio.get_running_loop().call_later(pause, self._resume, write)
+
+    def _resume(self, write: Write) -> None:
+        self._postponed.discard(write)
+        if not write.settled.done():
+            write.is_put_off = False
+            self._due.append(write)
+        self.wake_lanes()
+
+    def wake_lanes(self) -> None:
+        """Set the lanes to work, if there is some."""
+        if not (self._waiting or self._due):
+            return
+        # The first lane takes what there is; the others help when much waits, or one is slow.
+        for index, lane in enumerate(self._lanes):
+            if lane.idle.is_set():
+                lane.wake(1 if index == 0 else LARGE_BATCH)
+                return
+            if len(self._waiting) < LARGE_BATCH:
+                break
+        if self._helping is None and not self._closed:
+            self._helping = asyncio.get_running_loop().call_later(SLOW_BATCH, self._help)
+
+    def _help(self) -> None:
+        """Set one more lane to work if all that work are at slow batches, and others wait."""
+        self._helping = None
+        if not (self._waiting or self._due) or self._outage_since is not None:
+            return
+        loop = asyncio.get_running_loop()
+        working = [lane for lane in self._lanes if not lane.idle.is_set()]
+        idle = [lane for lane in self._lanes if lane.idle.is_set()]
+        if idle and all(loop.time() - lane.began_at >= SLOW_BATCH for lane in working):
+            idle[0].wake()
+        if idle:
+            self._helping = loop.call_later(SLOW_BATCH, self._help)
+
+    def _outstanding(self) -> list[Write]:
+        taken = [write for lane in self._lanes for write in lane.batch]
+        everything = (*taken, *self._postponed, *self._due, *self._waiting)
+        return [write for write in everything if not write.settled.done()]
+
+    def _release_late(self) -> None:
+        """Let starts go on that have waited for `START_PATIENCE`."""
+        loop = asyncio.get_running_loop()
+        starts = [w for w in self._outstanding() if w.is_start and not w.ready.done()]
+        for write in starts:
+            if loop.time() - write.created_at >= START_PATIENCE:
+                write.release(Verdict.LATE)
+        self._patrol = loop.call_later(1.0, self._release_late) if starts else None
+
+    def note_refusal(self, write: Write, why: Exception | str) -> None:
+        """PostgreSQL refused a single write."""
+        if isinstance(why, Exception) and may_be_for_good(why):
+            self.refusals.note("rows")
+        self._refused_rows.note(write, why)
+
+    def note_outage(self, error: Exception) -> None:
+        """PostgreSQL could not be reached, or gave up; each reason is told once."""
+        if self._outage_since is None:
+            self._outage_since = asyncio.get_running_loop().time()
+        if self._reasons.is_new(reason := reason_of(error)):
+            log.warning("postgresql_away", reason=reason)
+        if may_be_for_good(error):
+            self.refusals.note("connection")
+        else:
+            self.refusals.forget()  # It is an outage, which is waited out.
+
+    def note_written(self, writes: Sequence[Write]) -> None:
+        """A statement was executed, and has written these."""
+        self.refusals.over("connection")
+        if writes:
+            self.refusals.over("rows")
+            self._refused_rows.note_written(writes)
+        if self._outage_since is not None:
+            away = asyncio.get_running_loop().time() - self._outage_since
+            self._outage_since = None
+            self._reasons.forget()
+            log.warning("postgresql_back", after_s=round(away, 1), writes=len(self._waiting))
+            self.wake_lanes()  # During the outage the lanes did not help each other.

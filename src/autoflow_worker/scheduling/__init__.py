@@ -1,0 +1,4 @@
+"""The producing side: a task's row and its job.
+
+Start at `scheduler`.
+"""

@@ -1,0 +1,257 @@
+"""What a task's author touches: ``define_task`` and the objects around it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+# A handler raises these to say what became of its job; they are BullMQ's own.
+from bullmq.custom_errors import DelayedError, UnrecoverableError, WaitingChildrenError
+from pydantic import TypeAdapter
+
+from autoflow_worker.errors import TaskListError
+from autoflow_worker.logs.configure import job_logger
+from autoflow_worker.tasks import payload as payloads
+from autoflow_worker.tasks.worker_options import MAX_MS, WorkerOptions, check_worker_options
+
+if TYPE_CHECKING:
+    from bullmq import Job
+    from structlog.typing import FilteringBoundLogger
+
+__all__ = [
+    "PRIORITIES",
+    "DelayedError",
+    "TaskContext",
+    "TaskDefinition",
+    "TaskOptions",
+    "UnrecoverableError",
+    "WaitingChildrenError",
+    "define_task",
+]
+
+Priority = Literal["critical", "high", "normal", "low"]
+
+#: BullMQ's number for each priority; the lowest runs first (contract, section 1).
+PRIORITIES: Mapping[Priority, int] = {"critical": 1, "high": 2, "normal": 3, "low": 4}
+
+MAX_CONCURRENCY = 10_000
+MAX_ATTEMPTS = 1_000_000
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskOptions:
+    """How a task's jobs run.
+
+    Attributes:
+        priority: of the jobs that ``TaskScheduler`` adds.
+        max_attempts: of the jobs that ``TaskScheduler`` adds; a job's own number decides.
+        backoff_ms: first wait before a retry, doubled each time; of jobs from ``TaskScheduler``.
+        timeout_ms: time limit of one attempt; ``None``: no limit.
+        concurrency: jobs of this task at once in one process; ``None``: WORKER_CONCURRENCY.
+    """
+
+    priority: Priority = "normal"
+    max_attempts: int = 3
+    backoff_ms: int = 1000
+    timeout_ms: int | None = 30_000
+    concurrency: int | None = None
+
+
+class TaskContext:
+    """What a handler is told about its job, besides the payload.
+
+    Attributes:
+        task_id: the job's id, which is the id of its row.
+        correlation_id: passed on by the producer, or generated.
+        queue_name: the queue, which is the task's name.
+        attempt: number of this run, from 1.
+        max_attempts: how many runs the job has at most.
+    """
+
+    __slots__ = (
+        "_job",
+        "_make_job",
+        "attempt",
+        "correlation_id",
+        "max_attempts",
+        "queue_name",
+        "task_id",
+    )
+
+    def __init__(
+        self,
+        *,
+        task_id: str,
+        correlation_id: str,
+        queue_name: str,
+        attempt: int = 1,
+        max_attempts: int = 1,
+        job: "Job" = None,
+        make_job: "Callable[[], Job] | None" = None,
+    ) -> None:
+        self.task_id = task_id
+        self.correlation_id = correlation_id
+        self.queue_name = queue_name
+        self.attempt = attempt
+        self.max_attempts = max_attempts
+        self._job = job
+        self._make_job = make_job
+
+    @property
+    def job(self) -> "Job":
+        """The bullmq ``Job``, for progress, logs, children and moving it; made when asked for."""
+        if self._job is None and self._make_job is not None:
+            self._job = self._make_job()
+        return self._job
+
+    @property
+    def logger(self) -> "FilteringBoundLogger":
+        """A structlog logger bound to all of these, made when it is asked for."""
+        return job_logger(
+            task_id=self.task_id,
+            queue_name=self.queue_name,
+            attempt=self.attempt,
+            max_attempts=self.max_attempts,
+            correlation_id=self.correlation_id,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TaskDefinition(Generic[P]):
+    """A queue and the handler that runs its jobs; made by ``define_task``.
+
+    Attributes:
+        queue_name: the queue, which is the task's name.
+        handler: called with the payload and a ``TaskContext``.
+        options: how its jobs run.
+        worker_options: BullMQ worker options, checked.
+        is_async: whether the handler is awaited; if not, it runs in a thread.
+        payload_adapter: pydantic's validator, ``None`` for the plain JSON object.
+    """
+
+    queue_name: str
+    handler: Callable[[P, TaskContext], object]
+    options: TaskOptions
+    worker_options: Mapping[str, Any]
+    is_async: bool
+    payload_adapter: TypeAdapter[P] | None = field(repr=False)
+
+    def parse_payload(self, data: dict[str, object]) -> P:
+        """Return the payload that a job's data holds, without its ``correlationId``.
+
+        Raises:
+            PayloadError: the data does not validate; the message names the fields.
+        """
+        parsed: P = payloads.parse(self.payload_adapter, data)
+        return parsed
+
+
+def define_task(
+    queue_name: str,
+    handler: Callable[[P, TaskContext], object],
+    options: TaskOptions = TaskOptions(),
+    payload: type[P] | TypeAdapter[P] | None = None,
+    worker_options: WorkerOptions | None = None,
+) -> TaskDefinition[P]:
+    """Define the task that runs the jobs of one queue.
+
+    Args:
+        queue_name: the queue, which is the task's name.
+        handler: ``async def`` or ``def``, called with ``(payload, ctx)``; a ``def`` runs in a
+            thread, and if it returns an awaitable, as a decorator's wrapper may, that is awaited.
+            What it returns is the job's output, what it raises fails the attempt.
+        options: priority, attempts, backoff, time limit, concurrency.
+        payload: the payload's type, if the handler's annotation does not say it: anything that
+            pydantic's ``TypeAdapter`` takes, or such an adapter. Without either, the handler gets
+            the plain JSON object.
+        worker_options: BullMQ worker options, by their BullMQ names.
+
+    Raises:
+        TaskListError: an argument makes no sense; the message names the queue and the argument.
+    """
+    _check_queue_name(queue_name)
+    _check_handler(queue_name, handler)
+    _check_options(queue_name, options)
+    function = payloads.underlying_function(handler)
+    return TaskDefinition(
+        queue_name=queue_name,
+        handler=handler,
+        options=options,
+        worker_options=check_worker_options(queue_name, worker_options),
+        is_async=inspect.iscoroutinefunction(function),
+        payload_adapter=_adapter(queue_name, handler, payload),
+    )
+
+
+def _adapter(queue_name: str, handler: Callable[..., object], payload: Any) -> Any:
+    way_out = "give define_task a payload= that pydantic can validate"
+    try:
+        annotation = payloads.payload_annotation(handler) if payload is None else payload
+    except Exception as error:
+        raise TaskListError(
+            f"task {queue_name!r}: the annotation of the handler's payload can't be evaluated "
+            f"({type(error).__name__}: {error}); make the name importable at run time, or {way_out}"
+        ) from error
+    try:
+        return payloads.payload_adapter(annotation)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TaskListError(
+            f"task {queue_name!r}: payload type {annotation!r} can't be validated: "
+            f"{first}; {way_out}"
+        ) from error
+
+
+def _check_queue_name(queue_name: object) -> None:
+    if not isinstance(queue_name, str) or not queue_name.strip():
+        raise TaskListError(f"define_task: queue_name must be a name, not {queue_name!r}")
+    # A colon is fine: Node 5+ refuses it in new names, and older queues carry one.
+    if not queue_name.isprintable():
+        raise TaskListError(f"define_task: queue_name {queue_name!r} has a control character")
+
+
+def _check_handler(queue_name: str, handler: object) -> None:
+    def refuse(reason: str) -> TaskListError:
+        return TaskListError(f"task {queue_name!r}: handler {reason}")
+
+    if inspect.isclass(handler) or not callable(handler):
+        raise refuse(f"must be a function of (payload, ctx), not {handler!r}")
+    function = payloads.underlying_function(handler)
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise refuse("must return its result, not yield it")
+    try:
+        signature = inspect.signature(handler)
+    except ValueError:  # a builtin that does not tell its parameters
+        return
+    try:
+        signature.bind(object(), object())
+    except TypeError:
+        raise refuse(f"must take two arguments (payload, ctx), and takes {signature}") from None
+
+
+def _check_options(queue_name: str, options: object) -> None:
+    if not isinstance(options, TaskOptions):
+        raise TaskListError(f"task {queue_name!r}: options must be TaskOptions, not {options!r}")
+    if options.priority not in tuple(PRIORITIES):
+        raise TaskListError(
+            f"task {queue_name!r}: priority must be one of {', '.join(PRIORITIES)}, "
+            f"not {options.priority!r}"
+        )
+    _check_whole(queue_name, "max_attempts", options.max_attempts, 1, MAX_ATTEMPTS)
+    _check_whole(queue_name, "backoff_ms", options.backoff_ms, 0, MAX_MS)
+    if options.timeout_ms is not None:
+        _check_whole(queue_name, "timeout_ms", options.timeout_ms, 1, MAX_MS, besides="None or ")
+    if options.concurrency is not None:
+        _check_whole(queue_name, "concurrency", options.concurrency, 1, MAX_CONCURRENCY)
+
+
+def _check_whole(
+    queue_name: str, name: str, value: object, low: int, high: int, *, besides: str = ""
+) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise TaskListError(
+            f"task {queue_name!r}: {name} must be {besides}a whole number from {low} to {high}, "
+            f"not {value!r}"
+        )

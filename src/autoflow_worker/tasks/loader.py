@@ -1,0 +1,129 @@
+"""From ``module:attribute`` to a checked list of tasks."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from autoflow_worker.errors import TaskListError
+from autoflow_worker.tasks.definition import TaskDefinition
+
+
+def load_tasks(target: str, queues: Collection[str] | None = None) -> list[TaskDefinition[Any]]:
+    """Import the task list and check it.
+
+    Args:
+        target: ``module:attribute``; the module is looked up in the working directory first.
+        queues: the queues to keep; ``None`` keeps all of them.
+
+    Raises:
+        TaskListError: there is no such list, or something in it is not right.
+    """
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        raise TaskListError(f"task list {target!r} must be written as module:attribute")
+    tasks = _checked(target, _attribute(target, _import(target, module_name), attribute))
+    if queues is None:
+        return tasks
+    known = {task.queue_name for task in tasks}
+    if unknown := [queue for queue in queues if queue not in known]:
+        raise TaskListError(
+            f"no task in {target!r} has the queue {', '.join(map(repr, unknown))}; "
+            f"there are {', '.join(map(repr, sorted(known)))}"
+        )
+    return [task for task in tasks if task.queue_name in queues]
+
+
+def _import(target: str, module_name: str) -> Any:
+    # A console script has its own directory at the front of sys.path, not the working directory.
+    cwd = str(Path.cwd())
+    if cwd not in sys.path:
+        sys.path.insert(0, cwd)
+    try:
+        return importlib.import_module(module_name)
+    except TaskListError as error:
+        raise TaskListError(f"task list {target!r}: {error}{_place(error)}") from error
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name + ".").startswith(error.name + "."):
+            raise TaskListError(
+                f"task list {target!r}: there is no module {error.name!r} in {cwd} or on the "
+                "Python path; name another one with --tasks or TASKS_CONFIG"
+            ) from error
+        raise TaskListError(_import_fault(target, error)) from error
+    except (Exception, SystemExit) as error:
+        raise TaskListError(_import_fault(target, error)) from error
+
+
+def _import_fault(target: str, error: BaseException) -> str:
+    # A SyntaxError's own text holds the place too, without the folder.
+    text = str(error.msg if isinstance(error, SyntaxError) else error)
+    lines = text.strip().splitlines()
+    what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"task list {target!r}: importing it raised {what}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """Return " (file, line n)" of the user's code, where one looks first."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({_short(error.filename)}, line {error.lineno})"
+    package = str(Path(__file__).parents[1]) + os.sep
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((package, "<"))
+    ]
+    # What the user's module called may be a library: the last line of their own tells more.
+    own = [frame for frame in frames if not _is_library(frame.filename)]
+    if not own:
+        return ""
+    return f" ({_short(own[-1].filename)}, line {own[-1].lineno})"
+
+
+def _is_library(filename: str) -> bool:
+    return "site-packages" in filename or filename.startswith(str(Path(os.__file__).parent))
+
+
+def _short(filename: str) -> str:
+    path = Path(filename)
+    cwd = Path.cwd()
+    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else filename
+
+
+def _attribute(target: str, module: Any, attribute: str) -> Any:
+    value = module
+    for name in attribute.split("."):
+        try:
+            value = getattr(value, name)
+        except AttributeError:
+            raise TaskListError(
+                f"task list {target!r}: {module.__name__} has no attribute {attribute!r}"
+            ) from None
+    return value
+
+
+def _checked(target: str, value: object) -> list[TaskDefinition[Any]]:
+    if not isinstance(value, list | tuple):
+        raise TaskListError(
+            f"task list {target!r} must be a list of tasks, not a {type(value).__name__}"
+        )
+    if not value:
+        raise TaskListError(f"task list {target!r} is empty: there is nothing to run")
+    tasks: list[TaskDefinition[Any]] = []
+    seen: set[str] = set()
+    for index, task in enumerate(value):
+        if not isinstance(task, TaskDefinition):
+            raise TaskListError(
+                f"task list {target!r}: item {index} is a {type(task).__name__}, "
+                "not what define_task returns"
+            )
+        if task.queue_name in seen:
+            raise TaskListError(
+                f"task list {target!r}: two tasks have the queue {task.queue_name!r}; "
+                "a queue has one task"
+            )
+        seen.add(task.queue_name)
+        tasks.append(task)
+    return tasks

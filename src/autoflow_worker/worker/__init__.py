@@ -1,0 +1,4 @@
+"""One task at work: jobs are fetched, run, recorded and acknowledged.
+
+Start at `task_worker`.
+"""

@@ -1,0 +1,167 @@
+"""Getting jobs: one slot at a time asks, and an idle queue costs one blocked connection."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Collection
+from typing import Any
+
+import structlog
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from autoflow_worker.broker.claim import Claim, Reply
+from autoflow_worker.broker.job_queue import OUTAGE_PAUSE, OUTAGE_PAUSE_MAX, JobQueue
+from autoflow_worker.worker.breakages import Breakages
+from autoflow_worker.worker.threads import HandlerThreads
+
+log = structlog.get_logger(__name__)
+
+
+class Fetcher:
+    """Gives the slots of one TaskWorker their jobs, until it is stopped.
+
+    Args:
+        queue: the queue.
+        running: the claims that are held right now.
+        drain_delay: seconds, BullMQ's `drainDelay`: an idle queue is asked about that often even
+            without a marker.
+        threads: the task's threads; no job is taken that would find none.
+        breakages: how often in a row the task's slots broke; no job is taken during their pause.
+    """
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        running: Collection[Claim],
+        drain_delay: float,
+        threads: HandlerThreads,
+        breakages: Breakages,
+    ) -> None:
+        self._queue = queue
+        self._running = running
+        self._drain_delay = drain_delay
+        self._threads = threads
+        self._breakages = breakages
+        self._stop = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._fetching = asyncio.Lock()
+        self._tokens = 0
+        self._drained = False
+        self._delayed_until = 0
+        self._limited_until = 0.0
+
+    def stop(self) -> None:
+        """Fetch nothing more. May be called twice."""
+        self._stop.set()
+        self._wake.set()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether an acknowledgement is to bring the next job."""
+        return self._threads.has_room and not (self._breakages.in_a_row or self._stop.is_set())
+
+    async def next(self, owner: str) -> Claim | None:
+        """Wait for a job and claim it; None when stopping."""
+        async with self._fetching:
+            pause = OUTAGE_PAUSE
+            unsure = False
+            refusal = ""
+            while not self.stopping:
+                try:
+                    if unsure:
+                        claim = await self.claimed_unawares(owner)
+                        unsure = False
+                    else:
+                        await self._await_readiness()
+                        await self._await_work()
+                        if self.stopping:
+                            break
+                        if not self._queue.is_connected:
+                            await self._until_stopped(self._queue.connected())
+                            continue
+                        self._tokens += 1
+                        claim = self.take(await self._queue.fetch(f"{owner}{self._tokens}"))
+                    if claim is not None:
+                        return claim
+                    pause = OUTAGE_PAUSE
+                except RedisError as error:
+                    if not isinstance(error, RedisConnectionError) and str(error) != refusal:
+                        refusal = str(error)
+                        log.error("fetch_refused", queue=self._queue.name, reason=refusal)
+                    # A job may have been claimed, or a marker taken, and only the reply lost.
+                    unsure, self._drained = True, False
+                    await self._until_stopped(asyncio.sleep(pause))
+                    await self._until_stopped(self._queue.connected())
+                    pause = min(pause * 2, OUTAGE_PAUSE_MAX)
+        return None
+
+    async def _await_readiness(self) -> None:
+        """Return when a job that is taken can be run."""
+        if self._breakages.in_a_row:
+            await self._until_stopped(asyncio.sleep(self._breakages.pause))
+        if not self._threads.has_room:
+            await self._until_stopped(self._threads.room())
+
+    async def _await_work(self) -> None:
+        """Return when a fetch may bring a job."""
+        loop = asyncio.get_running_loop()
+        limited = self._limited_until - loop.time()
+        if limited > 0:
+            await self._until_stopped(asyncio.sleep(limited))
+            return
+        if not self._drained:
+            return
+        due_in = (self._delayed_until - _now_ms()) / 1000 if self._delayed_until else None
+        if due_in is not None and due_in <= 0:
+            return
+        if self.stopping:
+            return
+        self._wake.clear()
+        # The server ends a blocking read up to 0.1 s late; the next delayed job can't wait so long.
+        timer = None if due_in is None else loop.call_later(due_in, self._wake.set)
+        try:
+            await self._queue.wait_for_marker(self._block_seconds, self._wake)
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    @property
+    def _block_seconds(self) -> float:
+        # A fetch follows each blocking read, even one in vain: a marker can die with the worker
+        # that took it. So long, these two and the stalled check are one command per `drainDelay`.
+        return 2.5 * self._drain_delay
+
+    async def _until_stopped(self, waiting: Awaitable[Any]) -> None:
+        """Await this, but no longer than until `stop`."""
+        waited: asyncio.Future[Any] = asyncio.ensure_future(waiting)
+        stopped: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([waited, stopped], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waited.cancel()
+            stopped.cancel()
+
+    def take(self, reply: Reply) -> Claim | None:
+        """Note what a reply says of the queue; its job."""
+        if reply.fetched:
+            self._drained = reply.claim is None and not reply.limited_ms
+            self._delayed_until = reply.delayed_until
+            self._limited_until = (
+                asyncio.get_running_loop().time() + reply.limited_ms / 1000
+                if reply.limited_ms
+                else 0.0
+            )
+        return reply.claim
+
+    async def claimed_unawares(self, owner: str) -> Claim | None:
+        """A job that Redis gave to this slot in a reply that got lost."""
+        known = [claim.id for claim in self._running if claim.token.startswith(owner)]
+        return next(iter(await self._queue.adopt(owner, known)), None)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,65 @@
+"""Tasks that handlers start: `SystemExit` in one of them costs its job, and not the worker.
+
+asyncio hands `SystemExit` and `KeyboardInterrupt` of any task on to whoever runs the event loop.
+"""
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from autoflow_worker.worker.threads import HandlerExitError
+
+_OWN_CODE: Final = str(Path(__file__).parents[1]) + os.sep
+
+
+def contain_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Have each task that foreign code makes on this loop keep what would end the process."""
+    loop.set_task_factory(_make_task)
+
+
+def _make_task(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+    code = getattr(coro, "cr_code", None)
+    if code is None or not code.co_filename.startswith(_OWN_CODE):
+        coro = Contained(coro)
+    return asyncio.Task(coro, loop=loop, **options)
+
+
+class Contained(Coroutine[Any, Any, Any]):
+    """A coroutine that raises `HandlerExitError` in place of `SystemExit` and its like.
+
+    Not an `async def` around the other: a task that is cancelled before it runs would leave the
+    inner coroutine unawaited, which Python complains about.
+    """
+
+    __slots__ = ("_coro",)
+
+    def __init__(self, coro: Coroutine[Any, Any, Any]) -> None:
+        self._coro = coro
+
+    def send(self, value: Any) -> Any:
+        try:
+            return self._coro.send(value)
+        except (SystemExit, KeyboardInterrupt) as error:
+            _contain(error)
+
+    def throw(self, *error: Any) -> Any:
+        try:
+            return self._coro.throw(*error)
+        except (SystemExit, KeyboardInterrupt) as raised:
+            _contain(raised)
+
+    def close(self) -> None:
+        self._coro.close()
+
+    def __await__(self) -> Any:
+        return self._coro.__await__()
+
+    def __getattr__(self, name: str) -> Any:
+        # `cr_frame`, `__qualname__` and the like: the task's stack and repr are the coroutine's.
+        return getattr(self._coro, name)
+
+
+def _contain(error: BaseException) -> NoReturn:
+    raise HandlerExitError(f"the handler raised {type(error).__name__}: {error}") from error
