@@ -4,10 +4,11 @@ No fault quotes a URL: where one is malformed, nobody can say which part is the 
 """
 
 import re
-from collections.abc import Collection, Iterable
-from difflib import get_close_matches
+from collections.abc import Collection
 from typing import Final
 from urllib.parse import urlsplit
+
+from autoflow_worker.lookalikes import nearest
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}(?=://)")
 _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -15,13 +16,6 @@ _UNKNOWN_OPTION = re.compile(
     r"(?:unexpected keyword argument|URI query parameter:) ['\"](\w+)['\"]"
 )
 ENCODED: Final = "in a user name or password, / ? # @ : [ ] have to be written percent-encoded"
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return which of the known words is most like this one, whatever the case of its letters."""
-    by_lower = {each.lower(): each for each in known}
-    found = get_close_matches(word.lower(), by_lower, n=1)
-    return by_lower[found[0]] if found else None
 
 
 def option_fault(error: Exception, url: str, known: Collection[str]) -> str:
