@@ -1,16 +1,17 @@
 """Exceptions as `reason` and `stackTrace`, within limits of time and size, whatever they hold.
 
-The standard library's `traceback` formats all there is: ten thousand chained exceptions, a message
-of 10 MB, a `__str__` that exits. Here each part has its limit, what is left out says so, and
-passwords are masked.
+`traceback.TracebackException` has no such limits. It visits each member of nested groups, so thirty
+levels of a group that holds the next one twice take hours. It follows 10,000 causes, reads any
+file that a code object names, and lets a hostile property raise. Here each part has its limit, a
+note says what is left out, and passwords are masked.
 """
 
 import linecache
 import stat
-from collections import deque
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import CodeType
 from typing import TypeGuard, TypeVar
 
 from autoflow_worker.encoding.cleaner import clean_text, type_name
@@ -19,7 +20,7 @@ from autoflow_worker.encoding.masking import mask_secrets
 MAX_REASON = 2_000
 """Characters of a reason."""
 MAX_STACK_TRACE = 16_000
-"""Characters of a stack trace; its beginning and, as that tells most, more of its end are kept."""
+"""Characters of a stack trace: a quarter from its beginning and the rest from its end are kept."""
 MAX_MESSAGE = 2_000
 """Characters of one exception's message in a stack trace."""
 MAX_FRAMES = 30
@@ -27,21 +28,31 @@ MAX_FRAMES = 30
 MAX_EXCEPTIONS = 12
 """Exceptions in one stack trace: causes, contexts and members of groups."""
 
-# Read beyond a cut, so that a password across it is still seen as one.
+# Characters that are read beyond a cut, so that a password across the cut is still recognised.
 _MARGIN = 4_000
 _MAX_LINE = 300
 _MAX_NOTES = 5
 _MAX_SOURCE_FILE = 2_000_000
 _SHOWN_MEMBERS = 3
-_CAUSE = "The above exception was the direct cause of the following exception:"
-_CONTEXT = "During handling of the above exception, another exception occurred:"
+_CAUSE = "\nThe above exception was the direct cause of the following exception:\n"
+_CONTEXT = "\nDuring handling of the above exception, another exception occurred:\n"
+
+T = TypeVar("T")
+
+# The interpreter's own fields. A subclass may hide them behind properties that raise.
+_cause_of, _context_of, _hides_context, _traceback_of = (
+    vars(BaseException)[name].__get__
+    for name in ("__cause__", "__context__", "__suppress_context__", "__traceback__")
+)
+_members_of = vars(BaseExceptionGroup)["exceptions"].__get__
 
 
 def reason_of(error: BaseException) -> str:
     """Return what went wrong, as Node's `error.message` would: one text, never empty.
 
-    The exception's own words; its type's name where it has none, and before words that say nothing
-    alone (a KeyError's key, a SystemExit's number). A group's members are named after it.
+    The text is the exception's own. Its type's name stands in for a missing text, and before one
+    that says nothing alone (a KeyError's key, a SystemExit's number). A group's first members
+    follow.
     """
     words = _message(error, MAX_REASON)
     if not words.strip():
@@ -65,7 +76,7 @@ def shorten_stack_trace(text: str) -> str:
 
 def stack_trace_of(error: BaseException) -> str:
     """Return the stack trace as Python prints it, causes first, cut to `MAX_STACK_TRACE`."""
-    text = "\n".join(_Tracer().chain(error))
+    text = "\n".join(_chain(error, set()))
     if len(text) <= MAX_STACK_TRACE:
         return text
     head = MAX_STACK_TRACE // 4
@@ -74,47 +85,73 @@ def stack_trace_of(error: BaseException) -> str:
     return f"{text[:head]}\n… ({cut:,} characters cut)\n{text[-tail:]}"
 
 
-T = TypeVar("T")
+def _chain(error: BaseException, seen: set[int]) -> Iterator[str]:
+    """Yield an exception after its causes; `seen` holds the ids of all exceptions so far."""
+    links: list[tuple[BaseException, str]] = []
+    follow: BaseException | None = error
+    joint = ""
+    while follow is not None and id(follow) not in seen and len(seen) < MAX_EXCEPTIONS:
+        seen.add(id(follow))
+        links.append((follow, joint))
+        cause, joint = _cause_of(follow), _CAUSE
+        if cause is None and not _hides_context(follow):
+            cause, joint = _context_of(follow), _CONTEXT
+        follow = cause
+    if follow is not None:
+        yield "… (earlier exceptions left out)\n"
+    for link, joint in reversed(links):
+        yield from _one(link, seen)
+        if joint:
+            yield joint
 
 
-class _Tracer:
-    """Writes one stack trace; counts the exceptions in it, however they hang together."""
+def _one(error: BaseException, seen: set[int]) -> Iterator[str]:
+    frames = list(_frames(error))
+    if frames:
+        yield "Traceback (most recent call last):"
+        yield from frames
+    yield _line(error, MAX_MESSAGE)
+    yield from _notes(error)
+    members = _members(error)
+    for number, member in enumerate(members, 1):
+        if len(seen) == MAX_EXCEPTIONS:
+            yield f"  … ({len(members) - number + 1:,} more exceptions left out)"
+            break
+        yield f"  ---- {number} of {len(members):,} ----"
+        for text in _chain(member, seen):
+            yield "  " + text.replace("\n", "\n  ")
 
-    def __init__(self) -> None:
-        self._left = MAX_EXCEPTIONS
-        self._seen: set[int] = set()
 
-    def chain(self, error: BaseException) -> Iterator[str]:
-        links: list[tuple[BaseException, str]] = []
-        follow: BaseException | None = error
-        how = ""
-        while follow is not None and id(follow) not in self._seen and self._left:
-            self._seen.add(id(follow))
-            self._left -= 1
-            links.append((follow, how))
-            follow, how = _cause(follow)
-        if follow is not None:
-            yield "… (earlier exceptions left out)\n"
-        for link, joint in reversed(links):
-            yield from self._one(link)
-            if joint:
-                yield f"\n{joint}\n"
+def _members(error: BaseException) -> tuple[BaseException, ...]:
+    return (_members_of(error) or ()) if _is_a(error, BaseExceptionGroup) else ()
 
-    def _one(self, error: BaseException) -> Iterator[str]:
-        frames = list(_frames(error))
-        if frames:
-            yield "Traceback (most recent call last):"
-            yield from frames
-        yield _line(error, MAX_MESSAGE)
-        yield from _notes(error)
-        members = _members(error)
-        for number, member in enumerate(members, 1):
-            if not self._left:
-                yield f"  … ({len(members) - number + 1:,} more exceptions left out)"
-                break
-            yield f"  ---- {number} of {len(members):,} ----"
-            for text in self.chain(member):
-                yield "  " + text.replace("\n", "\n  ")
+
+def _notes(error: BaseException) -> Iterator[str]:
+    try:
+        notes = getattr(error, "__notes__", None)
+    except BaseException:  # a property may stand in its place
+        return
+    if type(notes) is list:
+        for note in notes[:_MAX_NOTES]:
+            if _is_a(note, str):
+                yield _presentable(note, MAX_MESSAGE)
+
+
+def _frames(error: BaseException) -> Iterator[str]:
+    steps = list(traceback.walk_tb(_traceback_of(error)))
+    left_out = len(steps) - MAX_FRAMES
+    first = MAX_FRAMES // 3
+    for number, (frame, line) in enumerate(steps):
+        if number < first or number >= first + left_out:
+            yield _frame(frame.f_code, line)
+        elif number == first:
+            yield f"  … ({left_out:,} frames left out)"
+
+
+def _frame(code: CodeType, line: int) -> str:
+    where = f'  File "{code.co_filename[:_MAX_LINE]}", line {line}, in {code.co_name[:_MAX_LINE]}'
+    source = _source_line(code.co_filename, line)
+    return clean_text(where) + (f"\n    {source}" if source else "")
 
 
 def _is_a(value: object, kind: type[T]) -> TypeGuard[T]:
@@ -147,68 +184,22 @@ def _presentable(text: str, limit: int) -> str:
     if len(text) <= limit + _MARGIN:
         shown = mask_secrets(clean_text(text))
         return _cut(shown, limit, len(shown))
-    # The @ ends a password that goes on beyond the part that is looked at.
+    # The @ ends a password that goes on beyond the part that is read.
     return _cut(mask_secrets(clean_text(text[: limit + _MARGIN]) + "@"), limit, len(text))
 
 
 def _cut(text: str, limit: int, length: int) -> str:
-    """Cut what is left of a text of that length to `limit` characters; say how many are missing."""
+    """Cut a text to `limit` characters and say how many are missing.
+
+    Args:
+        text: the beginning of the whole text, or all of it.
+        limit: characters.
+        length: characters of the whole text.
+    """
     if len(text) <= limit and length <= limit + _MARGIN:
         return text
     keep = limit - 40
     return f"{text[:keep]}… ({length - keep:,} characters cut)"
-
-
-def _get(error: BaseException, attribute: str) -> object:
-    try:
-        return getattr(error, attribute, None)
-    except BaseException:  # a property may stand in its place
-        return None
-
-
-def _cause(error: BaseException) -> tuple[BaseException | None, str]:
-    cause, context = _get(error, "__cause__"), _get(error, "__context__")
-    if _is_a(cause, BaseException):
-        return cause, _CAUSE
-    if _is_a(context, BaseException) and not _get(error, "__suppress_context__"):
-        return context, _CONTEXT
-    return None, ""
-
-
-def _members(error: BaseException) -> Sequence[BaseException]:
-    members = _get(error, "exceptions") if _is_a(error, BaseExceptionGroup) else ()
-    return members if type(members) is tuple else ()
-
-
-def _notes(error: BaseException) -> Iterator[str]:
-    notes = _get(error, "__notes__")
-    if type(notes) is list:
-        for note in notes[:_MAX_NOTES]:
-            if _is_a(note, str):
-                yield _presentable(note, MAX_MESSAGE)
-
-
-def _frames(error: BaseException) -> Iterator[str]:
-    first: list[TracebackType] = []
-    last: deque[TracebackType] = deque(maxlen=MAX_FRAMES - MAX_FRAMES // 3)
-    total = 0
-    step = _get(error, "__traceback__")
-    while _is_a(step, TracebackType):
-        total += 1
-        (first if len(first) < MAX_FRAMES // 3 else last).append(step)
-        step = step.tb_next
-    yield from map(_frame, first)
-    if left_out := total - len(first) - len(last):
-        yield f"  … ({left_out:,} frames left out)"
-    yield from map(_frame, last)
-
-
-def _frame(step: TracebackType) -> str:
-    code = step.tb_frame.f_code
-    where = f'  File "{code.co_filename[:_MAX_LINE]}", line {step.tb_lineno}, in '
-    place = clean_text(where + code.co_name[:_MAX_LINE])
-    source = _source_line(code.co_filename, step.tb_lineno)
-    return f"{place}\n    {source}" if source else place
 
 
 def _source_line(path: str, number: int) -> str:
