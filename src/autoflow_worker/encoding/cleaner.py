@@ -1,6 +1,6 @@
-"""The careful way from any Python value to plain JSON types; `results` has the rules.
+"""Converts any Python value to plain JSON types; `results` has the rules.
 
-Code of other people's classes runs here (`model_dump`, `items`, `__lt__`, …): whatever it raises
+The code of users' classes runs here (`model_dump`, `items`, `__lt__`, …). Whatever it raises
 refuses the value, and whatever it yields counts against the limits.
 """
 
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
-from decimal import Decimal
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal, localcontext
 from enum import Enum
 from itertools import islice
 from pathlib import PurePath
@@ -21,15 +21,13 @@ from uuid import UUID
 import orjson
 from pydantic import BaseModel
 
-from autoflow_worker.encoding.digits import digits_of
-
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | orjson.Fragment | None"
 T = TypeVar("T")
 
 MAX_DEPTH = 200
-"""Arrays and objects around one value. orjson stops at 254, and the row needs some of its own."""
+"""Arrays and objects around one value. orjson stops at 254, and the row adds some of its own."""
 MAX_VALUES = 1_000_000
-"""Values and keys in one result: bounds the time for which one result can hold the event loop."""
+"""Values and keys in one result; bounds the time for which one result blocks the event loop."""
 MAX_SIZE = 16 * 1024 * 1024
 """Bytes of JSON text in one result."""
 MAX_DIGITS = 131_072
@@ -44,12 +42,15 @@ TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels, or holds itself"
 
 _MAX_DOUBLE = int(1.7976931348623157e308)
 _LOG10_2 = math.log10(2)
+_EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+# Up to so many bits, Decimal converts an integer as fast as by halves.
+_FEW_BITS = 2_000
 _SHOWN_PATH = 8
 _MAX_NAME = 200
 
 
-class Refusal(Exception):  # noqa: N818 - an aside between two modules, not an error of the package
-    """Why a value can't be stored; collects the keys and indexes that lead there while it rises."""
+class Refusal(Exception):  # noqa: N818 - passed between two modules, not an error of the package
+    """Why a value can't be stored; each level that it passes adds its key or index to `path`."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -63,14 +64,15 @@ class Refusal(Exception):  # noqa: N818 - an aside between two modules, not an e
 
 
 class Cleaner:
-    """One walk over one value, within the limits, or within twice the limits."""
+    """One walk over one value, within the limits or within twice the limits."""
 
     def __init__(self, *, twice: bool = False) -> None:
         factor = 2 if twice else 1
         self._depth = factor * MAX_DEPTH
         self._values = factor * MAX_VALUES
         self._room = factor * MAX_SIZE
-        # Ours, then, and clean; a handler's own could hold anything.
+        # Only `dump` doubles the limits, and its fragments are ours. A handler's own fragment
+        # could hold anything.
         self._takes_fragments = twice
 
     def clean(self, value: object, depth: int = 0) -> Json:  # noqa: PLR0911 - one for each type
@@ -78,9 +80,9 @@ class Cleaner:
 
         Raises:
             Refusal: it can't be stored.
-            RecursionError: it turns into other values without end.
+            RecursionError: it converts to other values without end.
         """
-        # By exact type: a subclass may override whatever is read here.
+        # Exact types only: a subclass may override whatever is read here.
         if type(value) is str:
             return self._text(value)
         if type(value) is int:
@@ -100,7 +102,7 @@ class Cleaner:
     def _object(self, pairs: dict[object, object], depth: int) -> Json:
         self._enter(2 * len(pairs), depth)
         cleaned: dict[str, Json] = {}
-        # A copy, as code that runs on the way may change the original.
+        # Iterate over a copy: users' code that runs meanwhile may change the original.
         for key, item in list(pairs.items()):
             name = self._text(key) if type(key) is str else self._key(key, depth)
             try:
@@ -148,14 +150,29 @@ class Cleaner:
         digits = int(number.bit_length() * _LOG10_2)
         if digits > MAX_DIGITS:
             raise Refusal(f"an integer has more than {MAX_DIGITS:,} digits")
-        # Its time grows quicker than its digits, and so does what it takes of the room.
+        # Conversion takes more than linear time, so a long integer takes more than its share of
+        # the room.
         self._take(digits * digits >> 11)
-        return digits_of(number)
+        with localcontext(_EXACT):
+            return str(_as_decimal(number, number.bit_length()))
 
     def _take(self, size: int) -> None:
         self._room -= size
         if self._room < 0:
             raise Refusal(TOO_LARGE)
+
+
+def _as_decimal(number: int, bits: int) -> Decimal:
+    """Convert an integer by halves; `str` refuses more than 4,300 digits and takes quadratic time.
+
+    Decimal multiplies large numbers fast and converts them slowly.
+    """
+    if bits <= _FEW_BITS:
+        return Decimal(number)
+    low = bits // 2
+    high = number >> low
+    upper = _as_decimal(high, bits - low) * Decimal(2) ** low
+    return upper + _as_decimal(number - (high << low), low)
 
 
 def clean_text(text: str) -> str:
@@ -177,7 +194,7 @@ def _guarded(read: Callable[[object], T], value: object) -> T:
         return read(value)
     except Refusal:
         raise
-    # SystemExit out of a property is as hostile as any: it must cost this job, not the worker.
+    # SystemExit too: a property that raises it must cost this job, not the worker.
     except BaseException as error:
         reason = f"{type_name(value)} raised {type_name(error)} while it was read"
         raise Refusal(reason) from error
@@ -218,7 +235,7 @@ def _sorted(members: set[object] | frozenset[object]) -> list[object]:
     members = set(islice(members, MAX_VALUES + 1))
     try:
         return sorted(members)  # type: ignore[type-var]
-    except Exception:  # whatever a member's comparison raises
+    except Exception:  # a member's comparison may raise anything
         return list(members)
 
 
@@ -247,7 +264,7 @@ def _is_utc(value: datetime) -> bool:
 def _float(value: float) -> float | None:
     if not math.isfinite(value):
         return None
-    # jsonb keeps the digits of 1.2e+16, not the float that they stand for.
+    # jsonb would keep the few digits that orjson writes, not the float's exact value.
     return int(value) if abs(value) >= EXACT_FLOATS else value
 
 

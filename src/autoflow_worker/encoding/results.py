@@ -1,8 +1,7 @@
-r"""Any Python value as JSON that PostgreSQL's jsonb and JavaScript both take, whatever it holds.
+r"""Converts any Python value to JSON that both PostgreSQL's jsonb and JavaScript take.
 
-JSON as Python writes it is not always JSON to others: jsonb refuses `\u0000` and lone surrogates,
-JavaScript knows no NaN and no number beyond a double, and each has its own limit of nesting.
-The rules, in one place:
+Not all of what Python's `json` writes is JSON to others. jsonb refuses `\u0000` and lone
+surrogates, JavaScript has no NaN and no number beyond a double, and each limits nesting. The rules:
 
 | value | stored as |
 |---|---|
@@ -21,15 +20,13 @@ The rules, in one place:
 | pydantic model | what its `model_dump(mode="json")` is stored as |
 | dataclass | object of all its fields |
 
-A key that is stored as number, true, false or null becomes that as text, as `json.dumps` writes it.
-Of two keys with the same text the later one's value stays. Everything else (generators, files,
-functions, objects of unknown classes, tuples as keys) is refused with `NotStorableError`, and so is
-what goes beyond `MAX_DEPTH`, `MAX_VALUES`, `MAX_SIZE` or `MAX_DIGITS`. Nothing is cut: a result is
-stored whole or not at all.
+A key that is a number, true, false or null becomes text, as `json.dumps` writes it. Of two keys
+with the same text the later one's value stays. `NotStorableError` refuses everything else
+(generators, files, functions, objects of unknown classes, tuples as keys), and any value beyond
+`MAX_DEPTH`, `MAX_VALUES`, `MAX_SIZE` or `MAX_DIGITS`. A result is stored whole or not at all.
 """
 
 import json
-from typing import NamedTuple
 
 import orjson
 
@@ -54,27 +51,12 @@ __all__ = [
     "MAX_SIZE",
     "MAX_VALUES",
     "Json",
-    "Stored",
     "dump",
-    "encode",
     "fragment",
     "storable",
-    "stored",
 ]
 
 _LEAVES = frozenset({int, bool, type(None)})
-
-
-class Stored(NamedTuple):
-    """A value as it is stored, in both shapes.
-
-    Attributes:
-        value: plain JSON types; shares nothing with the value it was made from.
-        text: the same as compact JSON.
-    """
-
-    value: Json
-    text: str
 
 
 def storable(value: object) -> Json:
@@ -83,45 +65,26 @@ def storable(value: object) -> Json:
     Raises:
         NotStorableError: the value can't be stored; the message says where and why.
     """
-    return stored(value).value
-
-
-def encode(value: object) -> str:
-    """Return the value as compact JSON text.
-
-    Raises:
-        NotStorableError: the value can't be stored; the message says where and why.
-    """
     raw = _encode_plain(value)
-    return _clean(value).text if raw is None else raw.decode()
+    # Decode the text again: the handler's own code may go on changing what it returned.
+    return _clean(value)[0] if raw is None else orjson.loads(raw)
 
 
 def fragment(value: object) -> orjson.Fragment:
-    """Return the value as JSON text that becomes a part of another's, in `dump`.
+    """Return the value as JSON text, for `dump` to insert into the text of a larger value.
 
     Raises:
         NotStorableError: the value can't be stored; the message says where and why.
     """
     raw = _encode_plain(value)
-    return orjson.Fragment(_clean(value).text if raw is None else raw)
-
-
-def stored(value: object) -> Stored:
-    """Return the value in both shapes, for two stores that must hold the same.
-
-    Raises:
-        NotStorableError: the value can't be stored; the message says where and why.
-    """
-    raw = _encode_plain(value)
-    # Read back, not passed on: the handler's own code may go on changing what it returned.
-    return _clean(value) if raw is None else Stored(orjson.loads(raw), raw.decode())
+    return orjson.Fragment(_clean(value)[1] if raw is None else raw)
 
 
 def dump(value: object) -> str:
-    """Return the compact JSON text of what is built of storable values, as a row is.
+    """Return the compact JSON text of a value that is built of storable values, as a row is.
 
-    Quicker than `encode`, as only what orjson objects to is looked at again. The limits are twice
-    as wide, for what was built around the values.
+    Only a value that orjson refuses is cleaned again. The limits are twice as wide, to leave room
+    for what was built around the storable values.
     """
     try:
         raw = orjson.dumps(value)
@@ -140,7 +103,7 @@ def _text(value: Json) -> str:
 
 
 def _encode_plain(value: object) -> bytes | None:
-    """Encode what needs no care; return None for the rest."""
+    """Encode a value of JSON's own types; return None for a value that has to be cleaned."""
     if not _is_plain(value):
         return None
     try:
@@ -149,22 +112,22 @@ def _encode_plain(value: object) -> bytes | None:
         return None
     if len(raw) > MAX_SIZE:
         raise _not_storable(TOO_LARGE)
-    # A backslash and "u0000" in a text look the same, and come to no harm on the careful way.
+    # A text that holds a backslash and "u0000" looks the same; cleaning leaves it as it is.
     return None if b"\\u0000" in raw else raw
 
 
 def _is_plain(value: object) -> bool:
-    """Tell whether JSON's own types are all there is; refuse what goes beyond the limits.
+    """Tell whether the value consists of JSON's own types; refuse a value beyond the limits.
 
-    Before orjson sees it: some lists that hold each other several times over would have it write
-    for ever.
+    orjson must not see it earlier: it would write for ever on lists that hold each other several
+    times.
     """
     values, room = MAX_VALUES, MAX_SIZE
     layer: list[object] = [value]
     for _ in range(MAX_DEPTH + 1):
         deeper: list[object] = []
         for item in layer:
-            kind = type(item)  # Once, and the frequent ones first: this is most of what it costs.
+            kind = type(item)  # The frequent types come first: these tests are most of the cost.
             if kind is str:
                 room -= len(item)  # type: ignore[arg-type]
             elif kind in _LEAVES:
@@ -187,7 +150,7 @@ def _is_plain(value: object) -> bool:
     raise _not_storable(TOO_DEEP)
 
 
-def _clean(value: object) -> Stored:
+def _clean(value: object) -> tuple[Json, str]:
     try:
         plain = Cleaner().clean(value)
         text = _text(plain)
@@ -197,7 +160,7 @@ def _clean(value: object) -> Stored:
         raise _not_storable(TOO_DEEP) from None
     if len(text) > MAX_SIZE // 4 and len(text.encode()) > MAX_SIZE:
         raise _not_storable(TOO_LARGE)
-    return Stored(plain, text)
+    return plain, text
 
 
 def _not_storable(reason: str) -> NotStorableError:
