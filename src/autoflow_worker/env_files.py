@@ -9,11 +9,10 @@ from autoflow_worker.errors import SettingsError
 
 
 def read_env_files() -> list[str]:
-    """Set the variables that the files hold and the environment does not; return the files' names.
+    """Read the files into the process's environment, for handlers too; return the files' names.
 
-    In the process's environment, so that handlers have them too. Of two files that set the same
-    variable the more special one counts: `.env.production.local`, `.env.local`, `.env.production`,
-    `.env`. The environment goes before all of them.
+    A variable of the environment stays as it is. Of two files that set the same variable the more
+    specific one counts: `.env.production.local`, `.env.local`, `.env.production`, `.env`.
 
     Raises:
         SettingsError: a file can't be read.
@@ -34,7 +33,7 @@ def read_env_files() -> list[str]:
 
 
 def _names(node_env: str) -> list[str]:
-    """The files that Bun reads, from the most general to the most special."""
+    """Return the files that Bun reads, from the most general to the most specific."""
     mode = node_env.strip().lower()
     mode = mode if mode in {"production", "test"} else "development"
     local = [] if mode == "test" else [".env.local"]
@@ -45,4 +44,6 @@ def _set(variable: str, value: str) -> None:
     try:
         os.environ[variable] = value
     except ValueError:
-        raise SettingsError([f"a .env file gives {variable!a} a value with a null in it"]) from None
+        raise SettingsError(
+            [f"a .env file sets {variable!a} to a value with a null character"]
+        ) from None

@@ -1,8 +1,8 @@
-"""Settings from the environment; every fault in them is reported at once."""
+"""Settings from the environment, and all faults in them in one error."""
 
 import os
 from collections.abc import Collection
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -28,15 +28,17 @@ from autoflow_worker.lookalikes import Lookalike, lookalikes
 from autoflow_worker.recording.database_urls import database_url as checked_database_url
 from autoflow_worker.urls import SCHEME
 
-# Names that Node's loggers know, so that one LOG_LEVEL serves the API and this worker.
+# Names from Node's loggers, so that the API and this worker can share one LOG_LEVEL.
 _LEVEL_ALIASES = {"trace": "debug", "warn": "warning", "fatal": "critical"}
 _SHOWN_LENGTH = 80
+# For `examine`, where a URL is missing or wrong; the other settings have defaults.
+_STAND_INS = {"redis_url": "redis://unset", "database_url": "postgresql://unset"}
 
 
 def _split_names(value: object) -> object:
     if not isinstance(value, str):
         return value
-    # Named twice is asked for once; what names nothing stays text, which is refused.
+    # A queue that is named twice counts once. A list without a name stays text, which is refused.
     return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip())) or value
 
 
@@ -59,10 +61,10 @@ def _database_url(value: SecretStr) -> SecretStr:
 
 
 class Settings(BaseSettings):
-    """What the environment says, checked.
+    """The environment's settings, checked.
 
-    Each attribute is the variable of the same name in capitals. A variable set to nothing counts
-    as not set. The two URLs are never printed.
+    Each attribute holds the variable of the same name in capitals. An empty variable counts as not
+    set. The two URLs are never printed.
     """
 
     model_config = SettingsConfigDict(
@@ -115,9 +117,6 @@ class Settings(BaseSettings):
         description="console or json",
     )
 
-    #: Never shown, not even in part: a malformed URL hides its password anywhere.
-    secret_fields: ClassVar[frozenset[str]] = frozenset({"redis_url", "database_url"})
-
     @classmethod
     def settings_customise_sources(
         cls,
@@ -127,7 +126,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the environment only; what the command line says goes before it."""
+        """Read the command line's values first, then the environment, and nothing else."""
         return init_settings, env_settings
 
     @classmethod
@@ -136,10 +135,10 @@ class Settings(BaseSettings):
 
         Args:
             needs: the attributes whose faults count; ``None``: all of them.
-            overrides: values that go before the environment, by attribute; ``None`` is none.
+            overrides: values by attribute that override the environment; ``None``: no override.
 
         Raises:
-            SettingsError: with all faults, each naming the variable, its value and the way out.
+            SettingsError: with all faults; each names the variable, its value and the way out.
         """
         settings, faults = cls.examine(**overrides)
         counted = [fault for name, fault in faults.items() if needs is None or name in needs]
@@ -149,32 +148,37 @@ class Settings(BaseSettings):
 
     @classmethod
     def lookalikes(cls) -> list[Lookalike]:
-        """Find the variables of the environment that are nearly one of these, and so none."""
+        """Find the environment's variables whose names are nearly a setting's."""
         return lookalikes(os.environ, [name.upper() for name in cls.model_fields])
 
     @classmethod
     def examine(cls, **overrides: Any) -> tuple[Self, dict[str, str]]:
-        """Return settings with a stand-in for each faulty one, and the faults by attribute."""
+        """Return the settings, with a stand-in for each faulty one, and the faults by attribute."""
         given = {name: value for name, value in overrides.items() if value is not None}
         try:
             return cls(**given), {}
         except ValidationError as error:
             details = error.errors(include_url=False)
-        # A default that depends on other settings is not made while one of these is wrong.
+        # Pydantic does not make log_format's default, which depends on node_env, beside a fault.
         faulty = {
             str(detail["loc"][0]): detail
             for detail in details
             if detail["type"] != "default_factory_not_called"
         }
-        faults = {name: _fault(faulty[name]) for name in cls.model_fields if name in faulty}
-        return cls(**(given | {name: _stand_in(name) for name in faults})), faults
+        faults = {name: _fault(name, faulty[name]) for name in cls.model_fields if name in faulty}
+        stand_ins = {
+            name: _STAND_INS.get(name)
+            or cls.model_fields[name].get_default(call_default_factory=True, validated_data={})
+            for name in faults
+        }
+        return cls(**(given | stand_ins)), faults
 
 
 def check_urls(*, redis_url: str, database_url: str) -> None:
-    """Check the URLs of somebody who has no `Settings`.
+    """Check the URLs of a caller without `Settings`.
 
     Raises:
-        SettingsError: one of them can't be used.
+        SettingsError: a URL can't be used.
     """
     faults = []
     for name, check, url in (
@@ -184,34 +188,28 @@ def check_urls(*, redis_url: str, database_url: str) -> None:
         try:
             check(url)
         except ValueError as error:
-            wanted = Settings.model_fields[name].description
-            faults.append(f"{name}={_shown(name, url)}: {error}; it must be {wanted}")
+            faults.append(f"{name}={_shown(name, url)}: {error}; it must be {_wanted(name)}")
     if faults:
         raise SettingsError(faults)
 
 
-def _stand_in(name: str) -> object:
-    if name in Settings.secret_fields:
-        return {"redis_url": "redis://unset", "database_url": "postgresql://unset"}[name]
-    return Settings.model_fields[name].get_default(call_default_factory=True, validated_data={})
+def _wanted(name: str) -> str | None:
+    return Settings.model_fields[name].description
 
 
-def _fault(detail: ErrorDetails) -> str:
-    name = str(detail["loc"][0]) if detail["loc"] else "?"
-    field = Settings.model_fields.get(name)
-    wanted = field.description if field is not None else None
+def _fault(name: str, detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
-        return f"{name.upper()} is not set: set it to {wanted}"
+        return f"{name.upper()} is not set: set it to {_wanted(name)}"
     reason = ""
     if detail["type"] == "value_error":
         reason = detail["msg"].removeprefix("Value error, ") + "; "
-    return f"{name.upper()}={_shown(name, detail['input'])}: {reason}it must be {wanted}"
+    return f"{name.upper()}={_shown(name, detail['input'])}: {reason}it must be {_wanted(name)}"
 
 
 def _shown(name: str, value: object) -> str:
-    if name in Settings.secret_fields:
-        text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-        scheme = SCHEME.match(text.strip())
+    if name in _STAND_INS:
+        # No part but the scheme: the password may stand anywhere in a malformed URL.
+        scheme = SCHEME.match(str(value).strip())
         return f"{scheme[0]}://***" if scheme else "***"
     text = mask_secrets(ascii(value))
     return text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "..."

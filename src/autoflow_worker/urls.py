@@ -1,6 +1,6 @@
-"""What REDIS_URL and DATABASE_URL have in common: their outline, and how a fault is told.
+"""Checks that REDIS_URL and DATABASE_URL share.
 
-No fault quotes a URL: where one is malformed, nobody can say which part is the password.
+No message quotes a URL: the password may be any part of a malformed one.
 """
 
 import re
@@ -19,9 +19,9 @@ ENCODED: Final = "in a user name or password, / ? # @ : [ ] have to be written p
 
 
 def option_fault(error: Exception, url: str, known: Collection[str]) -> str:
-    """Say what the driver has against an option, and name the nearest known one."""
+    """Say which option the driver does not know, and name the nearest one that it knows."""
     option = _UNKNOWN_OPTION.search(str(error))
-    # With a password among the options, the unknown one may be what follows an & in it.
+    # If a password is among the options, the unknown option may be the password's part behind an &.
     if option is None or "pass" in urlsplit(url).query.lower():
         return "the driver can't read its options"
     like = nearest(option[1], known)
@@ -29,16 +29,16 @@ def option_fault(error: Exception, url: str, known: Collection[str]) -> str:
 
 
 def outline(url: str, schemes: Collection[str]) -> str:
-    """Return the URL if its parts can be told apart.
+    """Return the URL if it can be split into its parts.
 
     Raises:
-        ValueError: they can't, or its scheme is none of these.
+        ValueError: it can't be split, or its scheme is not one of `schemes`.
     """
     if any(character.isspace() or not character.isprintable() for character in url):
         raise ValueError("it contains a blank or a control character")
     scheme = SCHEME.match(url)
     if scheme is None or scheme[0].lower() not in schemes:
-        raise ValueError("its scheme is another one" if scheme else "it has no scheme")
+        raise ValueError("its scheme is wrong" if scheme else "it has no scheme")
     if _BARE_PERCENT.search(url):
         raise ValueError("a % in a user name or password has to be written as %25")
     try:
@@ -47,8 +47,8 @@ def outline(url: str, schemes: Collection[str]) -> str:
         _ = "," in parts.netloc or parts.port
     except ValueError:
         raise ValueError(f"its host or port can't be read; {ENCODED}") from None
-    # A password that holds one of / ? # ends too early: what is left of it would be taken for a
-    # path or an option, and its beginning for a host, which drivers print.
+    # A / ? or # in a password ends it too early. Its beginning would be read as the host, which
+    # drivers print, and its rest as a path or an option.
     after = parts.query + parts.fragment + ("" if parts.scheme == "unix" else parts.path)
     if "@" in after:
         raise ValueError(f"it has an @ behind its host; {ENCODED}, @ as %40")

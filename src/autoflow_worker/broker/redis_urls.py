@@ -1,6 +1,6 @@
-"""REDIS_URL in ioredis' words, and whether redis-py can read it.
+"""Translates REDIS_URL from ioredis' form to redis-py's, and checks it.
 
-redis-py's own parser has the last word, so that a start can't fail on what this let pass.
+redis-py's own parser decides at the end, so that a URL that passes here can't fail at the start.
 """
 
 import inspect
@@ -12,8 +12,8 @@ from autoflow_worker.urls import ENCODED, SCHEME, option_fault, outline
 
 _DATABASE_NUMBER = re.compile(r"/?[0-9]*/?")
 
-# What ioredis takes in a URL and this worker has no use for: how it retries, queues, parses and
-# names connections is not configurable here.
+# Options of ioredis that have no effect here: how the worker retries, queues, parses and names
+# connections is not configurable.
 _MEANINGLESS: Final = frozenset(
     """
     autoPipeliningIgnoredCommands autoResendUnfulfilledCommands autoResubscribe blockingTimeout
@@ -27,13 +27,13 @@ _TRANSLATED: Final = frozenset({"connectTimeout", "family", "keyPrefix", "sentin
 
 
 def redis_url(url: str) -> str:
-    """Return the URL in redis-py's words, with `family=4` or `family=6` where it is asked for.
+    """Return the URL as redis-py reads it; the option `family` (4 or 6) stays for `broker.client`.
 
-    Takes what ioredis takes as well: no scheme, a port alone, a socket's path, and its options.
-    What was returned once is returned unchanged.
+    Takes ioredis' forms too: no scheme, a port alone, a socket's path, and its options. A URL that
+    this function returned is returned unchanged.
 
     Raises:
-        ValueError: it can't be used.
+        ValueError: the URL can't be used; the message says why and shows no part of it.
     """
     url = _with_redis_scheme(url.strip())
     if _names_several(url):
@@ -44,9 +44,9 @@ def redis_url(url: str) -> str:
     if socket_file and not parts.path:
         raise ValueError("it names no socket file")
     if socket_file and parts.netloc and "@" not in parts.netloc:
-        raise ValueError("a socket's path begins with a slash, so there are three: unix:///run/...")
+        raise ValueError("a socket's path begins with a slash, as in unix:///run/...")
     if not socket_file and not _DATABASE_NUMBER.fullmatch(parts.path):
-        raise ValueError(f"what follows its host is no database's number; {ENCODED}")
+        raise ValueError(f"the path after its host is not a database's number; {ENCODED}")
     url = _translated(url, parts.query, has_number=not socket_file and len(parts.path) > 1)
     _try_redis(url)
     return url
@@ -68,7 +68,7 @@ def _names_several(url: str) -> bool:
     scheme, _, rest = url.partition("://")
     if "sentinel" in scheme.lower() or "cluster" in scheme.lower():
         return True
-    # A comma in a password or in an option is none between hosts.
+    # A comma in a password or in an option does not separate hosts.
     return "," in re.split(r"[/?#]", rest.rpartition("@")[2], maxsplit=1)[0]
 
 
@@ -77,7 +77,7 @@ def _translated(url: str, query: str, *, has_number: bool) -> str:
     scheme = scheme.lower()
     options = []
     for name, value in parse_qsl(query):
-        if name in _MEANINGLESS or (name == "db" and has_number):  # ioredis takes the path's
+        if name in _MEANINGLESS or (name == "db" and has_number):  # ioredis uses the path's
             continue
         if name == "tls" and scheme != "unix" and value.lower() in {"true", "1"}:
             scheme = "rediss"
@@ -91,19 +91,19 @@ def _translated(url: str, query: str, *, has_number: bool) -> str:
 
 def _translated_option(name: str, value: str) -> list[tuple[str, str]]:
     if name == "tls":
-        raise ValueError("TLS is asked for by the scheme rediss://, not by the option tls")
+        raise ValueError("its option tls can only be true; write the scheme rediss:// instead")
     if name == "keyPrefix":
-        raise ValueError("BullMQ takes no keyPrefix; set BULLMQ_PREFIX to the queues' prefix")
+        raise ValueError("BullMQ supports no keyPrefix; set BULLMQ_PREFIX to the queues' prefix")
     if name == "sentinels":
         raise ValueError("Sentinel is not supported; name one server")
     if name == "family":
         if value not in {"0", "4", "6"}:
-            raise ValueError("its option family has to be 4 or 6")
+            raise ValueError("its option family must be 4 or 6")
         return [] if value == "0" else [(name, value)]
     if name == "connectTimeout":
         if not value.isdecimal():
-            raise ValueError("its option connectTimeout has to be a number of milliseconds")
-        # 0 is no limit in ioredis; the worker's own limit stays.
+            raise ValueError("its option connectTimeout must be a number of milliseconds")
+        # 0 means no limit in ioredis; here the worker's own limit stays.
         return [("socket_connect_timeout", f"{int(value) / 1000:g}")] if int(value) else []
     return [(name, value)]
 
@@ -114,7 +114,7 @@ def _try_redis(url: str) -> None:
     pool: Any = None
     try:
         pool = ConnectionPool.from_url(url)
-        pool.connection_kwargs.pop("family", None)  # read by redis_client
+        pool.connection_kwargs.pop("family", None)  # `broker.client` reads it
         pool.make_connection()
     except Exception as error:
         classes = pool.connection_class.__mro__ if pool is not None else ()

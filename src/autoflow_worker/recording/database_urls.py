@@ -1,6 +1,6 @@
-"""Whether libpq can read DATABASE_URL.
+"""Checks DATABASE_URL.
 
-libpq's own parser has the last word, so that a start can't fail on what this let pass.
+libpq's own parser decides at the end, so that a URL that passes here can't fail at the start.
 """
 
 import re
@@ -12,16 +12,16 @@ _KEY_VALUE = re.compile(r"\w+\s*=")
 
 
 def database_url(url: str) -> str:
-    """Return the URL without outer blanks.
+    """Return the URL without surrounding blanks.
 
     Raises:
-        ValueError: libpq can't use it.
+        ValueError: libpq can't use it; the message says why and shows no part of it.
     """
     url = url.strip()
     if _KEY_VALUE.match(url):
         raise ValueError("it is a list of key=value, not a URL")
     url = outline(url, {"postgres", "postgresql"})
-    # libpq ends the password at the first @, and would print the rest as the host's name.
+    # libpq ends the password at the first @ and would print the rest as the host's name.
     if urlsplit(url).netloc.count("@") > 1:
         raise ValueError(f"it has more than one @; {ENCODED}, @ as %40")
     from psycopg import Error, conninfo, pq  # noqa: PLC0415 - heavy, and needed for a start only
