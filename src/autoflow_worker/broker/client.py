@@ -1,4 +1,4 @@
-"""The Redis client that everything in one process shares; see `channel` for its speed."""
+"""The Redis client that everything in one process shares; `channel` makes it fast."""
 
 import asyncio
 import socket
@@ -13,15 +13,15 @@ from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError, RedisError
 
-from autoflow_worker.broker.channel import (
-    Channel,
+from autoflow_worker.broker.channel import Channel
+from autoflow_worker.broker.libraries import require_known_redis
+from autoflow_worker.broker.redis_urls import redis_url
+from autoflow_worker.broker.replies import (
     CommandRefusedError,
     ServerNotReadyError,
     WrongServerError,
+    is_denial,
 )
-from autoflow_worker.broker.denials import is_denial
-from autoflow_worker.broker.libraries import require_known_redis
-from autoflow_worker.broker.redis_urls import redis_url
 from autoflow_worker.outage import Reasons, Refusals, Silence
 
 log = structlog.get_logger(__name__)
@@ -30,8 +30,8 @@ HANDSHAKE_TIMEOUT: Final = 5.0
 """Seconds that connecting, and each reply while connecting, may take."""
 
 KEEPALIVE: Final = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
-"""Seconds, seconds and a count: the kernel notices an idle connection's dead peer by itself, and
-that its address has another server, without a command."""
+"""Seconds, seconds and a count: the kernel probes an idle connection, and closes it if the peer is
+dead or its address has another server."""
 
 BLOCKING_COMMANDS: Final = frozenset(
     {"BLMOVE", "BLPOP", "BRPOP", "BRPOPLPUSH", "BZPOPMAX", "BZPOPMIN", "XREAD", "XREADGROUP"}
@@ -41,18 +41,18 @@ BLOCKING_COMMANDS: Final = frozenset(
 class PipelinedRedis(Redis):
     """A `redis.asyncio.Redis` whose commands all share one pipelined `Channel`.
 
-    It goes into bullmq by the front door: bullmq takes any `redis.asyncio.Redis`. Blocking
-    commands, pipelines and transactions take connections of redis-py's pool, as always.
+    bullmq takes any `redis.asyncio.Redis`, so it takes this one. Blocking commands, pipelines and
+    transactions take connections of redis-py's pool, as always.
 
     Args:
         url: whatever ``redis_urls.redis_url`` takes.
 
     Raises:
-        ValueError: it does not take this one.
+        ValueError: ``redis_url`` does not take it.
         LibraryMismatchError: the installed redis-py differs from the one that this package knows.
 
     Attributes:
-        refusals: the server's, of connections, commands and scripts.
+        refusals: since when the server refuses connections, commands and scripts.
         shared: the connection of all commands that do not block.
     """
 
@@ -91,7 +91,7 @@ class PipelinedRedis(Redis):
         await self.shared.open(timeout)
 
     async def open_blocking_channel(self, client_name: str, timeout: float) -> Channel:
-        """A further connection for one caller's blocking commands; closed with this client."""
+        """Open a connection for one caller's blocking commands; `aclose` closes it too."""
         channel = self._add_channel(client_name, quiet=True)
         await channel.open(timeout)
         return channel
@@ -119,14 +119,14 @@ class PipelinedRedis(Redis):
         await super().aclose(close_connection_pool)
 
     def register_script(self, script: Any) -> AsyncScript:  # type: ignore[override]  # as Redis
-        """As redis-py's, but a script is held once however many queues register it."""
+        """Register a script as redis-py does, but once for all queues that register it."""
         registered = self._scripts.get(script)
         if registered is None:
             registered = self._scripts[script] = _Script(self, script)
         return registered
 
     async def run_script(self, script: "_Script", keys: Sequence[Any], args: Sequence[Any]) -> Any:
-        """Run a script by its digest; a server that does not know it yet gets it first."""
+        """Run a script by its digest; load it first if the server does not know it."""
         command = ("EVALSHA", script.sha, len(keys), *keys, *args)
         try:
             try:
@@ -154,13 +154,6 @@ class PipelinedRedis(Redis):
         self._refused.clear()
         self._reasons.forget()
         log.warning("redis_takes_scripts_again")
-
-    async def ask(self, *command: Any) -> Any:
-        """Send any command over the shared connection; the reply as the server gave it.
-
-        A blocking command holds up everything else for as long as it blocks.
-        """
-        return await self.shared.execute(command)
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         if args[0] in BLOCKING_COMMANDS:
@@ -194,7 +187,7 @@ class _SSLOfFamily(_OfFamily, SSLConnection):
 
 
 def _take_family(pool: ConnectionPool) -> None:
-    """Let `family=4` or `family=6` in the URL choose the addresses; redis-py does not know it."""
+    """Follow `family=4` or `family=6` of the URL, which redis-py does not know."""
     family = pool.connection_kwargs.pop("family", None)
     if family is not None:
         pool.connection_kwargs["family"] = socket.AF_INET if family == "4" else socket.AF_INET6
@@ -203,7 +196,7 @@ def _take_family(pool: ConnectionPool) -> None:
 
 
 class _Script(AsyncScript):
-    """As redis-py's, which looks at each call for a pipeline first."""
+    """redis-py's script, without its check for a pipeline at each call."""
 
     def __call__(self, keys: Any = None, args: Any = None, client: Any = None) -> Any:
         if client is not None:

@@ -39,7 +39,7 @@ def mismatch_of_import(error: ImportError) -> LibraryMismatchError | None:
 
 @cache
 def require_known_redis() -> None:
-    """Hold redis-py against what `channel` and `client` use of it, once.
+    """Check once that redis-py has what `link`, `replies` and `client` use of it.
 
     Raises:
         LibraryMismatchError: it lacks something.

@@ -8,7 +8,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from autoflow_worker.broker.client import PipelinedRedis
-from autoflow_worker.broker.denials import is_denial
+from autoflow_worker.broker.replies import is_denial
 from autoflow_worker.broker.rights import probe_rights
 from autoflow_worker.errors import RedisUnfitError
 

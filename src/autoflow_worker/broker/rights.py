@@ -14,7 +14,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
 from autoflow_worker.broker.client import PipelinedRedis
-from autoflow_worker.broker.denials import NO_COMMAND, NO_KEY, is_denial
+from autoflow_worker.broker.replies import NO_COMMAND, NO_KEY, is_denial
 
 PROBE: Final = """
 -- Each command that the scripts call, on keys that BullMQ never reads; they are gone at the end.
@@ -141,7 +141,7 @@ async def _probe(redis: PipelinedRedis, base: str, rights: Rights) -> None:
 
     async def run(*command: object) -> object:
         try:
-            return await redis.ask(*command)
+            return await redis.shared.execute(command)
         except NoScriptError:
             return ()  # SCRIPT LOAD was refused, and that is told.
         except RedisError as error:

@@ -15,10 +15,10 @@ from typing import Final
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from autoflow_worker.broker.channel import CommandRefusedError
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.kept_job import JobReader, KeptJob
 from autoflow_worker.broker.producer import Producer
+from autoflow_worker.broker.replies import CommandRefusedError
 from autoflow_worker.encoding.failures import shorten_reason
 from autoflow_worker.errors import RedisUnavailableError, RedisUnfitError
 from autoflow_worker.operations.reconcile_plan import (

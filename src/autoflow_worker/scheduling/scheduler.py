@@ -13,9 +13,9 @@ from pydantic_core import to_jsonable_python
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from autoflow_worker.broker.backoff import MAX_DELAY_MS
-from autoflow_worker.broker.channel import CommandRefusedError
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.producer import KEPT_COMPLETED, KEPT_FAILED, Producer
+from autoflow_worker.broker.replies import CommandRefusedError
 from autoflow_worker.encoding.results import storable
 from autoflow_worker.errors import (
     PayloadError,

@@ -264,7 +264,8 @@ async def test_silence_is_told_once_for_all_connections(
         own_redis.suspend()
         waiting = [asyncio.ensure_future(client.echo(word)) for word in ("a", "b")]
         blocked = asyncio.ensure_future(channel.execute(("BZPOPMIN", "marker", 0.1), patience=10.1))
-        await until(lambda: len(client._silence._silent) == 2, 30)
+        # Longer than `SILENT_AFTER` and the second between two checks.
+        await until(lambda: min(client.shared.silent_for, channel.silent_for) > 2, 30)
         own_redis.resume()
         assert await asyncio.gather(*waiting) == ["a", "b"]
         await blocked

@@ -4,7 +4,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 
-from autoflow_worker.broker.channel import CommandRefusedError, _reply_error
+from autoflow_worker.broker.replies import CommandRefusedError, reply_error
 
 IN_A_SCRIPT = " script: 2f6a7380b8ea, on @user_script:147."
 IN_REDIS_6 = "ERR Error running script (call to f_9c96): @user_script:1: "
@@ -45,14 +45,14 @@ ABOUT_THE_SERVER = [
 
 @pytest.mark.parametrize("text", ABOUT_DATA)
 def test_what_is_said_of_data(text: str) -> None:
-    assert type(_reply_error(text)) is ResponseError
+    assert type(reply_error(text)) is ResponseError
 
 
 @pytest.mark.parametrize("text", ABOUT_THE_SERVER)
 def test_what_is_said_of_anything_else(text: str) -> None:
-    assert isinstance(_reply_error(text), RedisConnectionError)
+    assert isinstance(reply_error(text), RedisConnectionError)
 
 
 def test_a_refused_command_is_no_lost_connection() -> None:
-    assert type(_reply_error("ERR upstream failure")) is CommandRefusedError
-    assert type(_reply_error("NOSCRIPT No matching script.")) is NoScriptError
+    assert type(reply_error("ERR upstream failure")) is CommandRefusedError
+    assert type(reply_error("NOSCRIPT No matching script.")) is NoScriptError

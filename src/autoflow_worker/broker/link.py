@@ -1,0 +1,124 @@
+"""One connected socket: redis-py connects it, and hiredis reads it.
+
+Connecting (TLS, ACL users, unix sockets, database numbers, client names) stays redis-py's own. A
+`Link` takes the socket over afterwards, as redis-py lets only one command at a time onto a
+connection.
+"""
+
+import asyncio
+from typing import Any, Protocol, cast
+
+from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import InvalidResponse, NoPermissionError
+
+from autoflow_worker.broker.replies import INCOMPLETE, WrongServerError, new_reader
+
+
+class Listener(Protocol):
+    """What a link tells."""
+
+    def on_reply(self, reply: Any) -> None:
+        """The next reply has come; an error reply is an exception."""
+
+    def on_lost(self, link: "Link", reason: str) -> None:
+        """The connection broke, or its bytes are not Redis' protocol."""
+
+
+class Link(asyncio.Protocol):
+    """A socket whose replies go to a listener.
+
+    Args:
+        connection: redis-py's connection, which is connected.
+        client_id: the server's id of this connection.
+        listener: gets the replies.
+
+    Attributes:
+        client_id: as given.
+        transport: takes what is written.
+    """
+
+    def __init__(self, connection: AbstractConnection, client_id: int, listener: Listener) -> None:
+        writer = connection._writer
+        if writer is None or writer.transport.is_closing():
+            raise RedisConnectionError("the connection to Redis was lost while connecting")
+        self._connection = connection
+        self._listener = listener
+        self._reader = new_reader()
+        self.client_id = client_id
+        self.transport = cast(asyncio.Transport, writer.transport)
+        self.transport.set_protocol(self)
+        # uvloop would hold each write back until the end of the loop's turn.
+        self.transport.set_write_buffer_limits(high=1)
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        try:
+            while (reply := self._reader.gets()) is not INCOMPLETE:
+                self._listener.on_reply(reply)
+        except InvalidResponse as error:
+            self._listener.on_lost(self, f"not the Redis protocol: {error}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._listener.on_lost(self, str(exc or "closed by the server"))
+
+    def abort(self) -> None:
+        """Close the socket at once."""
+        self.transport.abort()
+        self._connection._writer = self._connection._reader = None
+
+
+async def connect(
+    pool: ConnectionPool, client_name: str | None, listener: Listener, *, refuse_replica: bool
+) -> Link:
+    """Connect and authenticate, then take the socket over from redis-py.
+
+    Args:
+        pool: makes the connection.
+        client_name: the connection's name; None for none.
+        listener: gets the replies, once this has returned.
+        refuse_replica: whether to ask for the server's role, which takes a round trip.
+
+    Raises:
+        redis.exceptions.RedisError: the server can't be reached, or refuses; `WrongServerError` if
+            it is a replica.
+        OSError: the server can't be reached.
+    """
+    connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
+    connection.client_name = client_name
+    try:
+        await connection.connect()  # type: ignore[no-untyped-call]
+        # A server that is loading accepts connections and refuses everything else.
+        await _ask(connection, "PING")
+        if refuse_replica:
+            await _refuse_replica(connection)
+        return Link(connection, await _id_of(connection), listener)
+    except BaseException as error:
+        connection._close()  # type: ignore[no-untyped-call]
+        if isinstance(error, RuntimeError) and "the handler is closed" in str(error):
+            # uvloop raises this if the server closes the socket before the next write.
+            raise RedisConnectionError("the connection was lost while connecting") from error
+        raise
+
+
+async def _id_of(connection: AbstractConnection) -> int:
+    client_id = await _ask(connection, "CLIENT", "ID")
+    if not isinstance(client_id, int):
+        raise InvalidResponse(f"this is no Redis server: its client's id is {client_id!r}")
+    return client_id
+
+
+async def _refuse_replica(connection: AbstractConnection) -> None:
+    """Raise `WrongServerError` if this is a replica, which refuses every write."""
+    try:
+        role = str(await _ask(connection, "INFO", "replication"))
+    except NoPermissionError:
+        return
+    if "role:slave" in role:
+        raise WrongServerError("the server is a replica")
+
+
+async def _ask(connection: AbstractConnection, *command: str) -> object:
+    await connection.send_command(*command)
+    return await connection.read_response()
