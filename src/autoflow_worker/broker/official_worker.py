@@ -15,9 +15,9 @@ from typing import Any, Final
 import msgpack
 from bullmq import Worker
 
-from autoflow_worker.broker.claim import read_claim
-from autoflow_worker.broker.completion import CompletionArguments
+from autoflow_worker.broker.job_fields import read_claim
 from autoflow_worker.broker.libraries import mismatch
+from autoflow_worker.broker.scripts import CompletionArguments
 
 # Methods that are called by position, and their parameters in that order.
 _PARAMETERS: Final = {

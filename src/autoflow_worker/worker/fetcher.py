@@ -124,7 +124,7 @@ class Fetcher:
         # The server ends a blocking read up to 0.1 s late; the next delayed job can't wait so long.
         timer = None if due_in is None else loop.call_later(due_in, self._wake.set)
         try:
-            await self._queue.wait_for_marker(self._block_seconds, self._wake)
+            await self._queue.marker.wait(self._block_seconds, self._wake)
         finally:
             if timer is not None:
                 timer.cancel()

@@ -188,7 +188,7 @@ class TaskWorker:
         except TimeoutError:
             log.warning("handed_back_jobs_not_recorded", queue=self.task.queue_name)
         await asyncio.gather(*(self._hand_back(*job) for job in held.items()))
-        await self._queue.put_marker_back()
+        await self._queue.marker.put_back()
 
     async def _hand_back(self, job_id: str, token: str, until_ms: int = 0) -> None:
         try:

@@ -10,8 +10,9 @@ import pytest
 from bullmq import Job, Worker
 from redis.asyncio import Redis
 
-from autoflow_worker.broker.claim import Claim, read_claim
-from autoflow_worker.broker.completion import CompletionArguments
+from autoflow_worker.broker.claim import Claim
+from autoflow_worker.broker.job_fields import read_claim
+from autoflow_worker.broker.scripts import CompletionArguments
 
 JOBS: list[dict[str, Any]] = [
     {},

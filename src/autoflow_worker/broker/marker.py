@@ -1,0 +1,74 @@
+"""BullMQ's marker, by which an idle queue wakes one worker at a time."""
+
+import asyncio
+import base64
+from collections.abc import Mapping
+from typing import Final
+
+from autoflow_worker.broker.channel import REPLY_PATIENCE, Channel
+from autoflow_worker.broker.client import PipelinedRedis
+from autoflow_worker.broker.script_guard import guarded
+from autoflow_worker.broker.scripts import PUT_MARKER
+
+UNBLOCK_INTERVAL: Final = 0.02
+"""Seconds after which CLIENT UNBLOCK is repeated."""
+
+
+class Marker:
+    """The marker of one queue, read over a connection of its own.
+
+    Args:
+        redis: the shared client, which closes the connection.
+        keys: the queue's, by BullMQ's names for them.
+    """
+
+    def __init__(self, redis: PipelinedRedis, keys: Mapping[str, str]) -> None:
+        self._redis = redis
+        self._key = keys["marker"]
+        self._keys = [keys[name] for name in ("marker", "wait", "prioritized", "delayed")]
+        self._put = redis.register_script(guarded(PUT_MARKER))
+        self._channel: Channel | None = None
+
+    async def open(self, client_name: str, timeout: float) -> None:
+        """Open the connection; see `Channel.open`."""
+        self._channel = await self._redis.open_blocking_channel(client_name, timeout)
+
+    async def wait(self, seconds: float, wake: asyncio.Event) -> bool:
+        """Block until there is a marker, which says that there are jobs.
+
+        Args:
+            seconds: how long, at most.
+            wake: ends the wait early. CLIENT UNBLOCK lets the server say whether it had given the
+                marker away by then. Closing the connection could lose that marker.
+
+        Returns:
+            Whether a marker was taken. Who took it has to fetch, or to put it back.
+
+        Raises:
+            redis.exceptions.ConnectionError: a marker may have been taken all the same.
+        """
+        assert self._channel is not None, "open() comes first"
+        command = ("BZPOPMIN", self._key, round(seconds, 3))
+        patience = seconds + REPLY_PATIENCE
+        reading = asyncio.ensure_future(self._channel.execute(command, patience=patience))
+        waking = asyncio.ensure_future(wake.wait())
+        try:
+            await asyncio.wait({reading, waking}, return_when=asyncio.FIRST_COMPLETED)
+            while not reading.done():
+                # It may overtake the blocking command on its way to the server, so it is repeated.
+                await self._redis.execute_command("CLIENT UNBLOCK", self._channel.client_id)
+                await asyncio.wait({reading}, timeout=UNBLOCK_INTERVAL)
+            return reading.result() is not None
+        finally:
+            waking.cancel()
+            reading.cancel()
+
+    async def put_back(self) -> None:
+        """Wake another worker, if there are jobs for which a marker taken here was put."""
+        await self._put(keys=self._keys)
+
+
+def client_name(prefix: str, queue: str, worker_name: str | None) -> str:
+    """Return the connection name by which Node's `getWorkers()` finds a queue's workers."""
+    name = f"{prefix}:{base64.b64encode(queue.encode()).decode()}"
+    return name if worker_name is None else f"{name}:w:{worker_name}"
