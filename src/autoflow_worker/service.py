@@ -54,16 +54,25 @@ class WorkerService:
     Args:
         settings: checked settings.
         tasks: at least one; no two of one queue.
+
+    Attributes:
+        workers: one for each task; none before the servers are reached.
+        recorder: what all of them record statuses with; None before PostgreSQL is examined.
     """
 
     def __init__(self, settings: Settings, tasks: Sequence[TaskDefinition[Any]]) -> None:
         self._settings = settings
         self._tasks = tasks
         self._redis: PipelinedRedis | None = None
-        self._recorder: StatusRecorder | None = None
-        self._workers: list[TaskWorker] = []
+        self.recorder: StatusRecorder | None = None
+        self.workers: list[TaskWorker] = []
         self._failure: asyncio.Future[None] | None = None
         self._overseers: list[asyncio.Task[None]] = []
+
+    @property
+    def is_working(self) -> bool:
+        """Whether every task takes jobs, or did so before the stop."""
+        return bool(self._overseers)
 
     async def run(self, stop: asyncio.Event, abort: asyncio.Event) -> int:
         """Work until `stop` is set; `abort` cuts the drain short.
@@ -100,7 +109,7 @@ class WorkerService:
         """Log what runs."""
         jobs = [
             job
-            for worker in self._workers
+            for worker in self.workers
             for job in running_jobs(worker.task.queue_name, worker.slots)
         ]
         log.warning("running", jobs=len(jobs), asyncio_tasks=len(asyncio.all_tasks()))
@@ -127,11 +136,11 @@ class WorkerService:
         settings, timeout = self._settings, self._settings.worker_startup_timeout
         # Before the recorder connects: it sets session options, which a pooler would hand on.
         await _persist(self._examine_database, timeout)
-        self._recorder = StatusRecorder(
+        self.recorder = StatusRecorder(
             settings.database_url.get_secret_value(), max_connections=settings.database_pool_max
         )
-        await self._recorder.open(timeout)
-        self._recorder.refusals.patience = timeout
+        await self.recorder.open(timeout)
+        self.recorder.refusals.patience = timeout
         self._redis = redis = PipelinedRedis(settings.redis_url.get_secret_value())
         await redis.open(timeout)
         redis.refusals.patience = timeout
@@ -147,11 +156,11 @@ class WorkerService:
                 max_data=settings.max_payload_bytes,
             )
             await queue.open(timeout)
-            self._workers.append(
+            self.workers.append(
                 TaskWorker(
                     task,
                     queue,
-                    self._recorder,
+                    self.recorder,
                     concurrency=task.options.concurrency or settings.worker_concurrency,
                     record_unknown_jobs=settings.record_unknown_jobs,
                 )
@@ -174,15 +183,15 @@ class WorkerService:
 
     def _start(self) -> None:
         assert self._redis is not None
-        assert self._recorder is not None
-        for worker in self._workers:
+        assert self.recorder is not None
+        for worker in self.workers:
             worker.start()
         oversee, create = self._oversee, asyncio.create_task
         self._overseers = [
-            create(oversee(self._recorder.refusals, self._examine_database)),
+            create(oversee(self.recorder.refusals, self._examine_database)),
             create(oversee(self._redis.refusals, self._examine_redis_anew)),
         ]
-        log.info("worker_started", queues=[worker.task.queue_name for worker in self._workers])
+        log.info("worker_started", queues=[worker.task.queue_name for worker in self.workers])
 
     async def _watch(self, stop: asyncio.Event) -> None:
         """Wait until it is time to stop; a dead part is noticed by its end.
@@ -205,9 +214,9 @@ class WorkerService:
     def _parts(self) -> list[asyncio.Future[Any]]:
         """What never ends while the service works."""
         assert self._redis is not None
-        assert self._recorder is not None
-        parts: list[asyncio.Future[Any]] = [*self._recorder.deaths(), *self._redis.deaths()]
-        parts += [part for worker in self._workers for part in worker.deaths()]
+        assert self.recorder is not None
+        parts: list[asyncio.Future[Any]] = [*self.recorder.deaths(), *self._redis.deaths()]
+        parts += [part for worker in self.workers for part in worker.deaths()]
         return [*parts, *self._overseers]
 
     def _raise_dead(self, parts: Collection[asyncio.Future[Any]]) -> None:
@@ -261,7 +270,7 @@ class WorkerService:
             How many jobs were cut off.
         """
         log.info("worker_stopping", grace_s=self._settings.worker_shutdown_grace)
-        for worker in self._workers:
+        for worker in self.workers:
             worker.stop()
         aborted: asyncio.Future[Any] = asyncio.ensure_future(abort.wait())
         drained: asyncio.Future[Any] = asyncio.ensure_future(self._drained())
@@ -296,11 +305,11 @@ class WorkerService:
         return first
 
     async def _drained(self) -> None:
-        await asyncio.gather(*(worker.drained() for worker in self._workers))
+        await asyncio.gather(*(worker.drained() for worker in self.workers))
 
     async def _close_workers(self) -> int:
         """Stop every TaskWorker and hand back what they hold. May be called twice."""
-        closing = (worker.close(CLOSE_TIMEOUT) for worker in self._workers)
+        closing = (worker.close(CLOSE_TIMEOUT) for worker in self.workers)
         return sum(await asyncio.gather(*closing))
 
     async def _close(self) -> None:
@@ -311,8 +320,8 @@ class WorkerService:
         if self._overseers:
             # One that is examining a server which hangs is not waited for any longer.
             await asyncio.wait(self._overseers, timeout=OVERSEER_PATIENCE)
-        if self._recorder is not None:
-            await self._recorder.close(FLUSH_TIMEOUT)
+        if self.recorder is not None:
+            await self.recorder.close(FLUSH_TIMEOUT)
         if self._redis is not None:
             await self._redis.aclose()
         log.info("worker_stopped")

@@ -25,7 +25,7 @@ async def test_it_runs_a_job_and_stops(run_worker: RunWorker, node5: Node, db: D
 async def test_a_worker_that_ends_unasked_fails_the_test(run_worker: RunWorker) -> None:
     async def block() -> None:
         async with run_worker([define_task("q", handler)]) as worker:
-            worker.service._workers[0]._slots[0].cancel()
+            worker.service.workers[0].slots[0].cancel()
             await worker.stopping.wait()
 
     with pytest.raises(AssertionError, match="unasked"):

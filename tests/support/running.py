@@ -84,7 +84,7 @@ async def running(
         tasks,
     )
     worker = Running(service)
-    await until(lambda: worker.task.done() or _has_started(service))
+    await until(lambda: worker.task.done() or service.is_working)
     if worker.task.done():
         worker.task.result()
         raise AssertionError(f"the worker ended at once, with {worker.exit_code}")
@@ -110,8 +110,3 @@ async def running(
         worker.aborting.set()
         with suppress(Exception):
             await worker.task
-
-
-def _has_started(service: WorkerService) -> bool:
-    workers = service._workers
-    return len(workers) == len(service._tasks) and all(worker._slots for worker in workers)

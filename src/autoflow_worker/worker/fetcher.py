@@ -56,8 +56,13 @@ class Fetcher:
         self._wake.set()
 
     @property
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         return self._stop.is_set()
+
+    @property
+    def found_nothing(self) -> bool:
+        """Whether the last fetch found the queue empty."""
+        return self._drained
 
     @property
     def wants_more(self) -> bool:
@@ -70,7 +75,7 @@ class Fetcher:
             pause = OUTAGE_PAUSE
             unsure = False
             refusal = ""
-            while not self.stopping:
+            while not self.is_stopping:
                 try:
                     if unsure:
                         claim = await self.claimed_unawares(owner)
@@ -78,7 +83,7 @@ class Fetcher:
                     else:
                         await self._await_readiness()
                         await self._await_work()
-                        if self.stopping:
+                        if self.is_stopping:
                             break
                         if not self._queue.is_connected:
                             await self._until_stopped(self._queue.connected())
@@ -118,7 +123,7 @@ class Fetcher:
         due_in = (self._delayed_until - _now_ms()) / 1000 if self._delayed_until else None
         if due_in is not None and due_in <= 0:
             return
-        if self.stopping:
+        if self.is_stopping:
             return
         self._wake.clear()
         # The server ends a blocking read up to 0.1 s late; the next delayed job can't wait so long.

@@ -108,6 +108,16 @@ class TaskWorker:
         """One task for each place; it waits for, or has, one job at a time."""
         return self._slots
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no slot has a job, and the queue has none to give."""
+        return self._fetcher.found_nothing and not self._running
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it fetches nothing more."""
+        return self._fetcher.is_stopping
+
     # -- life ------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -203,9 +213,9 @@ class TaskWorker:
     async def _slot(self, index: int) -> None:
         owner = f"{self._id}:{index}:"
         claim: Claim | None = None
-        while not self._fetcher.stopping:
+        while not self._fetcher.is_stopping:
             claim = await self._fetcher.next(owner)
-            while claim is not None and not self._fetcher.stopping:
+            while claim is not None and not self._fetcher.is_stopping:
                 claim = await self._attempt(claim, owner)
         if claim is not None:
             await self._queue.insist(partial(self._hand_back, claim.id, claim.token))

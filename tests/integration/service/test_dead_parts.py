@@ -156,12 +156,12 @@ async def test_a_part_that_dies_while_draining_ends_the_wait(
     tasks = [define_task(QUEUE, hang, TaskOptions(timeout_ms=None))]
     async with run_worker(tasks, worker_concurrency=2, worker_shutdown_grace=3600.0) as worker:
         await api.until_both_say(QUEUE, task_id, "active")
-        running = next(slot for slot in worker.service._workers[0].slots if waits_for_hang(slot))
+        running = next(slot for slot in worker.service.workers[0].slots if waits_for_hang(slot))
         if part.startswith("slot"):
             # The other one ends by itself, as it should.
             part = running.get_name()
         worker.stopping.set()
-        await until(lambda: all(part._fetcher.stopping for part in worker.service._workers))
+        await until(lambda: all(part.is_stopping for part in worker.service.workers))
         end(part)
         death = await worker.death()
     assert isinstance(death, PartDiedError)

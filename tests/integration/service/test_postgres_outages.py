@@ -269,7 +269,7 @@ async def test_outcomes_wait_with_their_slots_and_locks(scene: Scene, way: str) 
             # What ran has finished, and nothing else has started: memory stays bounded.
             assert scene.ended.total() == CONCURRENCY
             assert await scene.finished() == 0
-            keeper = worker.service._recorder
+            keeper = worker.service.recorder
             assert keeper is not None
             assert len(keeper._outstanding()) == CONCURRENCY
             # Longer than a lock lasts, so they are renewed; no job is taken for stalled.

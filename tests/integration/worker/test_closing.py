@@ -219,8 +219,8 @@ async def test_a_stop_while_blocked_strands_no_job_that_comes_just_then(
 
 
 async def _until_idle(worker: Running) -> None:
-    [task_worker] = worker.service._workers
-    await until(lambda: task_worker._fetcher._drained)
+    [task_worker] = worker.service.workers
+    await until(lambda: task_worker.is_idle)
 
 
 # -- handing back --------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ async def test_a_second_signal_hands_back_long_before_the_deadline(
         job_id = await api.schedule(QUEUE)
         await db.until_status(job_id, "active")
         worker.stopping.set()
-        await until(lambda: all(part._fetcher.stopping for part in worker.service._workers))
+        await until(lambda: all(part.is_stopping for part in worker.service.workers))
         worker.aborting.set()
         assert await bounded_stop(worker) == EXIT_HANDED_BACK
     await queue.assert_nothing_is_stranded()
@@ -433,7 +433,7 @@ async def test_postgresql_away_while_outcomes_wait_for_it_does_not_hold_the_exit
         await until(lambda: len(handler.runs) == 5)
         await go_away(own_postgres, how)
         handler.released.set()
-        recorder = worker.service._recorder
+        recorder = worker.service.recorder
         assert recorder is not None
         await until(recorder._outstanding if how == "hangs" else lambda: recorder._outage_since)
         assert await bounded_stop(worker) == EXIT_HANDED_BACK

@@ -293,7 +293,7 @@ async def test_a_held_outcome_is_handed_back_at_the_deadline(
     [bad] = await jobs.schedule(1, bad=True)
     async with check(jobs.db):
         async with run_worker([handler.task(2)], worker_shutdown_grace=1) as worker:
-            keeper = worker.service._recorder
+            keeper = worker.service.recorder
             assert keeper is not None
             # Its next try is seconds away by then.
             await until(lambda: {w.times_put_off for w in keeper._postponed} == {4})
