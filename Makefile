@@ -91,7 +91,7 @@ bench: $(INSTALLED) $(NODE_INSTALLED) ## measure jobs per second
 chaos: $(INSTALLED) $(NODE_INSTALLED) ## break servers and workers at random under load, and check every row
 	$(BIN)/python -m chaos
 
-crashes: $(INSTALLED) $(NODE_INSTALLED) ## kill a worker a hundred times at each failpoint, and compare the stores
+crashes: $(INSTALLED) $(NODE_INSTALLED) ## kill a worker a hundred times at each point of a job's life, and compare the stores
 	$(BIN)/python -m chaos.failpoints
 
 clean: ## remove everything that make and the tools created

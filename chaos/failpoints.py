@@ -23,7 +23,7 @@ from redis.asyncio import Redis
 from rich.console import Console
 from rich.table import Table
 
-from autoflow_worker.failpoints import POINTS
+from chaos.crash_points import CRASH_POINTS, VARIABLE
 from chaos.mortal import CONCURRENCY, QUEUES_VARIABLE
 from chaos.nursery import Nursery, Worker
 from chaos.servers import own_servers
@@ -122,8 +122,8 @@ class Field:
         await self._node.schedule_all(crash.queue, jobs)
 
     async def _crash(self, crash: Crash) -> None:
-        failpoint = f"{crash.point}:{crash.number}"
-        worker = await self._start([crash.queue], AUTOFLOW_FAILPOINT=failpoint)
+        spec = f"{crash.point}:{crash.number}"
+        worker = await self._start([crash.queue], **{VARIABLE: spec})
         try:
             code = await asyncio.wait_for(asyncio.shield(worker.exit_code), PATIENCE)
         except TimeoutError:
@@ -213,9 +213,9 @@ async def run(rng: random.Random, points: Sequence[str], each: int, folder: Path
 def print_table(crashes: Sequence[Crash], seconds: float) -> None:
     """Print, for each point, how many crashes there were and after how many the stores agree."""
     table = Table(title=f"{len(crashes)} crashes in {seconds:.0f} s, {len(JOBS)} jobs beside each")
-    for heading in ("failpoint", "crashes", "stores agree", "passes"):
-        table.add_column(heading, justify="left" if heading == "failpoint" else "right")
-    for point in POINTS:
+    for heading in ("crash point", "crashes", "stores agree", "passes"):
+        table.add_column(heading, justify="left" if heading == "crash point" else "right")
+    for point in CRASH_POINTS:
         here = [crash for crash in crashes if crash.point == point]
         passes = Counter(crash.number for crash in here)
         spread = " ".join(f"{passes[n]}" for n in range(1, LATEST_PASS + 1))
@@ -231,15 +231,17 @@ def print_table(crashes: Sequence[Crash], seconds: float) -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--each", default=100, show_default=True, help="Crashes at each point.")
-@click.option("--point", "points", multiple=True, type=click.Choice(POINTS), help="[default: all]")
+@click.option(
+    "--point", "points", multiple=True, type=click.Choice([*CRASH_POINTS]), help="[default: all]"
+)
 @click.option("--seed", type=int, help="Draws the passes and the order. [default: a new one]")
 def main(each: int, points: tuple[str, ...], seed: int | None) -> None:
-    """Kill workers at every failpoint; the exit code is 0 if the stores agree after each crash."""
+    """Kill workers at every crash point; the exit code is 0 if the stores agree after each."""
     seed = random.randrange(10**6) if seed is None else seed
     print(f"seed {seed}; {CONCURRENCY} slots", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="failpoints-"))
     began = time.monotonic()
-    crashes = asyncio.run(run(random.Random(seed), points or POINTS, each, folder))
+    crashes = asyncio.run(run(random.Random(seed), points or [*CRASH_POINTS], each, folder))
     print_table(crashes, time.monotonic() - began)
     if any(crash.faults for crash in crashes):
         print(f"the workers' output: {folder}")

@@ -1,4 +1,4 @@
-"""The task list of workers that die at a failpoint: `TASKS_CONFIG=chaos.mortal:tasks`.
+"""The task list of workers that die at a crash point: `TASKS_CONFIG=chaos.mortal:tasks`.
 
 Short locks, so that their successors need not wait long for what they held.
 """

@@ -153,8 +153,12 @@ def _become_worker(order: Mapping[str, str]) -> NoReturn:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(order["env"])  # type: ignore[arg-type]
-    from autoflow_worker.cli import main as run  # noqa: PLC0415 - it reads the environment
+    # Only now, as these modules read the environment.
+    from autoflow_worker.cli import main as run  # noqa: PLC0415
+    from chaos import crash_points  # noqa: PLC0415
 
+    if spec := os.environ.get(crash_points.VARIABLE):
+        crash_points.arm(spec)
     run(["start"])
 
 

@@ -14,7 +14,7 @@ SOURCE = Path(autoflow_worker.__file__).parent
 # Wings, and modules of the root, from the ground up. Each imports from the floors below it only, so
 # those on one floor never import each other.
 FLOORS = [
-    {"errors", "outage", "lookalikes", "failpoints", "pauses", "clock"},
+    {"errors", "outage", "lookalikes", "pauses", "clock"},
     {"encoding", "urls"},
     {"logs"},
     {"broker", "recording", "tasks", "process"},

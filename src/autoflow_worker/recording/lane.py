@@ -11,7 +11,6 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from autoflow_worker.encoding.masking import mask_secrets
 from autoflow_worker.errors import DatabaseUnavailableError, PartDiedError
-from autoflow_worker.failpoints import failpoint
 from autoflow_worker.outage import Silence
 from autoflow_worker.recording.link import PostgresLink
 from autoflow_worker.recording.statements import (
@@ -258,7 +257,6 @@ class Lane:
         if new := [write for write in writes if write.new_row is not None]:
             await self._insert(new)
         left = await self._update(writes)
-        failpoint("in-batch")
         written = [w for w in writes if w.row_id not in left] if left else writes
         for write in written:
             write.settle(Verdict.WRITTEN)
@@ -324,7 +322,6 @@ class Lane:
             statement = UPDATE_MANY_RELAXED if relaxed else UPDATE_MANY
             parameters = [_as_json([write.as_json() for write in writes])]
         link = await self.link()
-        failpoint("batch-sent")
         rows = await link.execute(statement, *parameters)
         if len(rows) == len(writes):  # no row is in a batch twice
             return {}

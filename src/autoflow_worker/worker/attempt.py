@@ -27,7 +27,6 @@ from autoflow_worker.broker.claim import (
 from autoflow_worker.broker.job_queue import OUTAGE_PAUSE, OUTAGE_PAUSE_MAX, JobQueue
 from autoflow_worker.encoding.results import dump
 from autoflow_worker.errors import NotStorableError, PayloadError
-from autoflow_worker.failpoints import failpoint
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.write import Verdict
 from autoflow_worker.tasks.definition import (
@@ -132,18 +131,14 @@ class Attempt:
             payload = self._task.parse_payload(data)
         except PayloadError as error:
             return await self._fail(error)
-        failpoint("before-active-row")
         verdict = await self._history.start()
-        failpoint("after-active-row")
         if verdict is Verdict.CANCELLED:
             return await self._acknowledge_failure(Finish("failedReason", "the task is cancelled"))
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
-        failpoint("handler-start")
         outcome = await execute(
             self._task, payload, self._context(correlation_id), self._limit, self._threads
         )
-        failpoint("handler-end")
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
         if isinstance(outcome.error, DelayedError | WaitingChildrenError):
@@ -279,7 +274,6 @@ class Attempt:
                 # A command takes the time at which it is made for the time of the next claim.
                 await self._queue.connected()
             try:
-                failpoint("before-ack")
                 reply = await send(fetch_next=self._fetcher.wants_more)
             except MalformedJobError as error:
                 await self.bury(error, None if finish is None else finish())
@@ -298,7 +292,6 @@ class Attempt:
                     # The reply was lost, not the acknowledgement: it may have brought a job.
                     return Reply(await self._claimed_unawares())
             else:
-                failpoint("after-ack")
                 return reply
 
     async def _claimed_unawares(self) -> Claim | None:

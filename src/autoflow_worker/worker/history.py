@@ -8,7 +8,6 @@ from typing import Any, Final, Protocol
 import structlog
 
 from autoflow_worker.broker.claim import Claim
-from autoflow_worker.failpoints import failpoint
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.write import NewRow, Recorder, Verdict, Write
 from autoflow_worker.worker.held_outcomes import HeldOutcomes
@@ -139,7 +138,6 @@ class JobHistory:
             await self._queue.make_sure_of(self._claim)
             # The row may know nothing of this attempt: a crash of PostgreSQL can lose a start.
             verdict = await self._persist(self._submit({**(self._start or {}), **patch}))
-        failpoint("after-commit")
         return verdict
 
     async def follow(self, patch: Mapping[str, Any]) -> Verdict:

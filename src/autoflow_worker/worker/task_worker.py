@@ -24,7 +24,6 @@ from autoflow_worker.broker.claim import (
 )
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.errors import TaskBrokenError, WorkerError
-from autoflow_worker.failpoints import failpoint
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.write import Recorder
 from autoflow_worker.tasks.definition import TaskDefinition
@@ -230,7 +229,6 @@ class TaskWorker:
             self._held_outcomes,
             record_unknown_jobs=self._record_unknown_jobs,
         )
-        failpoint("after-claim")
         run = Attempt(
             self.task,
             self._queue,

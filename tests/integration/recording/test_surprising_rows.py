@@ -6,6 +6,7 @@ tests/integration/test_recorder.py has the single writes; here whole jobs run.
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.support.running import RunWorker
 from tests.support.until import until
 
 QUEUE = "q"
+ROOT = Path(__file__).parents[3]
 HOUR_MS = 3_600_000
 IMPATIENT: WorkerOptions = {"lockDuration": 1000, "stalledInterval": 1000}
 
@@ -420,7 +422,7 @@ async def test_a_row_shows_a_result_only_while_it_is_completed(
     """
     backoff = 0 if how == "at once" else 10
     task_id = await api.schedule(QUEUE, {"n": 1}, attempts=2, backoff=backoff)
-    first = worker_process(RETURNS, AUTOFLOW_FAILPOINT="after-commit")
+    first = worker_process(DIES_BEFORE_IT_TELLS, PYTHONPATH=str(ROOT))
     await first.wait()
     row = await api.db.task(task_id)
     assert row.status == "completed"
@@ -443,8 +445,11 @@ async def test_a_row_shows_a_result_only_while_it_is_completed(
     assert await api.db.fetch(FALSE_ROWS) == []
 
 
-RETURNS = f"""
+DIES_BEFORE_IT_TELLS = f"""
     from autoflow_worker import define_task
+    from chaos.crash_points import arm
+
+    arm("after-commit")
 
     async def handle(payload, ctx):
         return "the result"
