@@ -199,7 +199,10 @@ def _wanted(name: str) -> str | None:
 
 def _fault(name: str, detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
-        return f"{name.upper()} is not set: set it to {_wanted(name)}"
+        return (
+            f"{name.upper()} is not set: set it to {_wanted(name)} "
+            "(`autoflow-worker dev` starts a server of its own)"
+        )
     reason = ""
     if detail["type"] == "value_error":
         reason = detail["msg"].removeprefix("Value error, ") + "; "

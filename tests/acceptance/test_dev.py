@@ -1,5 +1,6 @@
 """The dev command: embedded servers, hot reload, and an end that leaves nothing behind."""
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -69,6 +70,17 @@ async def test_servers_and_worker_end_with_it(worker_process: WorkerStarter) -> 
         TASKS.format(queue="one"), command="dev", REDIS_URL=None, DATABASE_URL=None
     )
     await running_queue(dev, "one")
+    [redis_url] = re.findall(r"^ +export (REDIS_URL=.+)$", dev.stderr, re.MULTILINE)
+    [database_url] = re.findall(r"^ +export (DATABASE_URL=.+)$", dev.stderr, re.MULTILINE)
+    scheduling = worker_process(
+        None,
+        "one",
+        "{}",
+        command="schedule",
+        REDIS_URL=redis_url.partition("=")[2],
+        DATABASE_URL=database_url.partition("=")[2],
+    )
+    assert await scheduling.wait() == 0, scheduling.report()
     family = psutil.Process(dev.pid).children(recursive=True)
     assert {"valkey-server", "postgres"} <= {process.name() for process in family}
     dev.kill()

@@ -1,12 +1,14 @@
 """What a start refuses: one clear message, the right exit code, no traceback, no secret."""
 
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from redis.asyncio import Redis
 
+from autoflow_worker.tasks.loader import EXAMPLE
 from tests.support.configured import ConfiguredRedis, SentinelRedis
 from tests.support.database import Connection, Database, other_database
 from tests.support.pooler import TransactionPooler
@@ -44,6 +46,7 @@ async def test_nothing_set(worker_process: WorkerStarter) -> None:
     message = await refusal(worker_process(None, **unset), 2)
     assert "REDIS_URL is not set" in message
     assert "DATABASE_URL is not set" in message
+    assert "`autoflow-worker dev` starts a server of its own" in message
 
 
 async def test_all_wrong_settings_at_once(worker_process: WorkerStarter) -> None:
@@ -90,7 +93,6 @@ async def test_no_command_shows_a_part_of_a_password(
 @pytest.mark.parametrize(
     ("tasks", "arguments", "words"),
     [
-        (None, [], ["no module 'tasks_config'", "--tasks"]),
         (TASKS, ["--tasks", "nowhere.tasks:all"], ["no module 'nowhere'"]),
         ("import nowhere", [], ["ModuleNotFoundError", "'nowhere'", "tasks_config.py, line 1"]),
         ("1 / 0", [], ["ZeroDivisionError", "tasks_config.py, line 1"]),
@@ -110,6 +112,18 @@ async def test_a_wrong_task_list(
     message = await refusal(worker_process(tasks, *arguments), 2)
     assert [word for word in words if word not in message] == [], message
     assert "\n" not in message
+
+
+async def test_no_task_list(worker_process: WorkerStarter) -> None:
+    """The message says what to write; what it says is a task list."""
+    message = await refusal(worker_process(None), 2)
+    assert "no module 'tasks_config'" in message
+    assert "--tasks or TASKS_CONFIG, or write tasks_config.py:\n" in message
+    assert dedent(message.partition("\n\n")[2]) == EXAMPLE
+    worker = worker_process(EXAMPLE)
+    assert (await worker.until_logged("worker_started"))["queues"] == ["greetings"]
+    worker.terminate()
+    assert await worker.wait() == 0
 
 
 # -- Redis ---------------------------------------------------------------------------------------

@@ -22,23 +22,26 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"dev needs {error.name or error}") from None
 
-#: Seconds that running jobs have before a reload, if WORKER_SHUTDOWN_GRACE does not say.
+#: WORKER_SHUTDOWN_GRACE if it is not set: the seconds that running jobs have before a reload.
 RELOAD_GRACE = "2"
-#: Seconds beyond the grace after which a worker that does not end is killed.
+#: Seconds past the grace after which a worker that has not ended is killed.
 KILL_AFTER = 3.0
-_WATCHED = PythonFilter(extra_extensions=(".env", ".env.local", ".env.development"))
 #: Seconds by which the worker may notice its first signal late.
 SIGNAL_LATENCY = 0.5
+_WATCHED = PythonFilter(extra_extensions=(".env", ".env.local", ".env.development"))
 
 
 def run_dev(*, tasks: str | None = None, queues: str | None = None) -> int:
-    """Run the worker until a signal, starting it again at each change of a Python or .env file.
+    """Run the worker until a signal, and restart it when a Python or .env file changes.
+
+    Returns:
+        The last worker's exit code; 1 if it had to be killed.
 
     Raises:
-        SettingsError: the settings are wrong; the URLs may be missing.
-        WorkerError: an embedded server is missing or does not start.
+        SettingsError: the settings are wrong. The URLs need not be set.
+        WorkerError: an embedded server is not installed, or does not start.
     """
-    # The worker reads the files by itself, so that a change of theirs counts at its next start.
+    # Each worker reads the .env files itself, so its next start sees a change in them.
     inherited = dict(os.environ)
     read_env_files()
     if not os.environ.get("WORKER_SHUTDOWN_GRACE"):
@@ -52,15 +55,15 @@ def run_dev(*, tasks: str | None = None, queues: str | None = None) -> int:
     command = [sys.executable, "-m", "autoflow_worker", "start", "--until-stdin-closes"]
     command += ["--tasks", tasks] if tasks else []
     command += ["--queues", queues] if queues else []
-    # The worker speaks for itself; this process only says what it does.
-    configure_logging("error")
+    configure_logging("error")  # Each worker configures its own logs.
     with _servers() as urls:
+        _introduce(urls, tasks)
         supervisor = _Supervisor(command, {**inherited, **urls}, settings.worker_shutdown_grace)
         return asyncio.run(supervisor.run())
 
 
 def stop_when_stdin_closes() -> None:
-    """End this process by SIGTERM when its parent is gone, however the parent ended."""
+    """Send this process SIGTERM when its parent ends, also by SIGKILL."""
 
     def watch() -> None:
         with suppress(OSError):
@@ -73,7 +76,7 @@ def stop_when_stdin_closes() -> None:
 
 @contextmanager
 def _servers() -> Iterator[Mapping[str, str]]:
-    """Run a server for each URL that is not set, and yield the URLs of these."""
+    """Run a server for each URL that is not set; yield their URLs by variable."""
     urls = {}
     with ExitStack() as stack:
         if not os.environ.get("REDIS_URL"):
@@ -81,13 +84,25 @@ def _servers() -> Iterator[Mapping[str, str]]:
         if not os.environ.get("DATABASE_URL"):
             urls["DATABASE_URL"] = stack.enter_context(embedded_postgres())
             asyncio.run(init_db(urls["DATABASE_URL"]))
-        for name, url in urls.items():
-            _say(f"{name}={url} (embedded)")
         yield urls
 
 
+def _introduce(urls: Mapping[str, str], tasks: str | None) -> None:
+    """Say what runs, and how to schedule a job."""
+    _say("runs the worker, and restarts it when a Python or .env file changes; Ctrl-C ends it")
+    if urls:
+        _say(
+            "runs embedded servers for the URLs that are not set, and deletes their data at the end"
+        )
+    _say("to schedule a job, run in another terminal, in this folder:")
+    option = f"--tasks {tasks} " if tasks else ""
+    schedule = f'autoflow-worker schedule {option}QUEUE \'{{"name": "Ada"}}\''
+    for line in (*(f"export {name}={url}" for name, url in urls.items()), schedule):
+        sys.stderr.write(f"       {line}\n")
+
+
 class _Supervisor:
-    """Keeps one worker process running, over the changes of its source."""
+    """Runs one worker process at a time, and replaces it when its source changes."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], grace: float) -> None:
         self._command = command
@@ -105,16 +120,16 @@ class _Supervisor:
                 code = await self._end(worker, abort)
                 if not changed:
                     return code if code >= 0 else WorkerError.exit_code
-                _say(f"{', '.join(changed)} changed: starting again")
+                _say(f"{', '.join(changed)} changed: restarting")
 
     async def _start(self) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             *self._command,
             env=self._env,
-            # Nothing is ever written: its end tells the worker that this process is gone.
+            # Nothing is written to it. Its end tells the worker that this process is gone.
             stdin=asyncio.subprocess.PIPE,
-            # Out of reach of the terminal's Ctrl-C, which this process passes on: as two signals,
-            # it would hand running jobs back at once.
+            # The terminal's Ctrl-C does not reach another process group. The worker would take
+            # that signal and the one of `_end` as two, and hand running jobs back at once.
             process_group=0,
         )
 
@@ -124,19 +139,19 @@ class _Supervisor:
         changes: AsyncIterator[set[tuple[Change, str]]],
         stop: asyncio.Event,
     ) -> list[str]:
-        """Return the files that changed; none if a signal asks to stop."""
+        """Wait for a change, and return the files that changed; none after a signal to stop."""
         ended = asyncio.create_task(worker.wait())
         change = asyncio.ensure_future(anext(changes, None))
         await asyncio.wait({ended, change}, return_when=asyncio.FIRST_COMPLETED)
         if ended.done() and not stop.is_set() and not change.done():
             _say(f"the worker ended with exit code {ended.result()}; waiting for a change")
-        # A signal ends the iterator, so this wait ends too.
+        # A signal to stop ends the iterator, and so this wait.
         found = await change
         ended.cancel()
         return sorted({_short(path, self._root) for _, path in found or ()})
 
     async def _end(self, worker: asyncio.subprocess.Process, abort: asyncio.Event) -> int:
-        """Stop the worker, pass a second signal on, and kill it when its time is up."""
+        """Stop the worker, pass a second signal on, and kill it at the deadline."""
         ended = asyncio.create_task(worker.wait())
         aborted = asyncio.create_task(abort.wait())
         told_at = asyncio.get_running_loop().time()
@@ -145,7 +160,7 @@ class _Supervisor:
             {ended, aborted}, timeout=self._kill_after, return_when=asyncio.FIRST_COMPLETED
         )
         if aborted.done() and not ended.done():
-            # Sooner, the worker would take it for the first one again.
+            # The worker counts a signal that follows sooner as the first one repeated.
             again_at = told_at + SAME_WITHIN + SIGNAL_LATENCY
             await asyncio.wait({ended}, timeout=again_at - asyncio.get_running_loop().time())
             _signal(worker)

@@ -6,10 +6,20 @@ import sys
 import traceback
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from textwrap import indent
+from typing import Any, Final
 
 from autoflow_worker.errors import TaskListError
 from autoflow_worker.tasks.definition import TaskDefinition
+
+EXAMPLE: Final = """\
+from autoflow_worker import define_task
+
+async def greet(payload, ctx):
+    return f"Hello, {payload['name']}!"
+
+tasks = [define_task("greetings", greet)]"""
+"""A first `tasks_config.py`."""
 
 
 def load_tasks(target: str, queues: Collection[str] | None = None) -> list[TaskDefinition[Any]]:
@@ -48,10 +58,13 @@ def _import(target: str, module_name: str) -> Any:
         raise TaskListError(f"task list {target!r}: {error}{_place(error)}") from error
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name + ".").startswith(error.name + "."):
-            raise TaskListError(
+            message = (
                 f"task list {target!r}: there is no module {error.name!r} in {cwd} or on the "
                 "Python path; name another one with --tasks or TASKS_CONFIG"
-            ) from error
+            )
+            if module_name == "tasks_config":
+                message += f", or write tasks_config.py:\n\n{indent(EXAMPLE, '  ')}"
+            raise TaskListError(message) from error
         raise TaskListError(_import_fault(target, error)) from error
     except (Exception, SystemExit) as error:
         raise TaskListError(_import_fault(target, error)) from error

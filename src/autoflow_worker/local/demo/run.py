@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Final
 
 from autoflow_worker.broker.client import PipelinedRedis
@@ -26,6 +27,7 @@ from autoflow_worker.scheduling.scheduler import TaskScheduler
 from autoflow_worker.service import WorkerService
 from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.definition import PRIORITIES, TaskDefinition
+from autoflow_worker.tasks.loader import EXAMPLE
 
 #: Seconds after which the demo gives up; it needs a tenth of that.
 TIME_LIMIT: Final = 60.0
@@ -37,20 +39,16 @@ UNFLUSHED: Final = "?options=-csynchronous_commit%3Doff"
 INTERRUPTED: Final = 130
 
 _CANCEL: Final = 'UPDATE tasks SET data = data || \'{"status": "cancelled"}\' WHERE id = %s'
-_NEXT_STEPS: Final = """
+_NEXT_STEPS: Final = f"""
 Next, run a task of your own:
-  1. Write a handler and list its task in tasks_config.py:
-       from autoflow_worker import define_task
+  1. Write a handler, and list its task in tasks_config.py:
 
-       async def greet(payload, ctx):
-           return f"Hello, {payload['name']}!"
+{indent(EXAMPLE, " " * 7)}
 
-       tasks = [define_task("greetings", greet)]
   2. In that folder, run `autoflow-worker dev`. It starts both servers.
   3. In another terminal, set the two URLs that `dev` prints, and run
-       autoflow-worker schedule greetings '{"name": "Ada"}'
-README.md describes a task's options, the settings, and production.
-"""
+       autoflow-worker schedule greetings '{{"name": "Ada"}}'
+README.md describes a task's options, the settings, and production."""
 
 
 def run_demo() -> int:
