@@ -1,4 +1,4 @@
-"""A job as BullMQ keeps it in Redis: where it is, and what its fields say, whatever they hold."""
+"""A job as BullMQ keeps it in Redis: its state and its fields, whatever they hold."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ STATUS_OF_STATE: Final[Mapping[str, str]] = {
 }
 
 EARLIEST_MS: Final = 1_000_000_000_000
-"""Epoch ms in 2001. What BullMQ calls a time and lies before it, is none."""
+"""2001, in ms since the epoch. An earlier value in a field for a time is not a time."""
 
 _LATEST_MS: Final = 253_402_300_799_999
 _MAX_SAFE_INTEGER: Final = 2**53 - 1
@@ -36,8 +36,8 @@ _FIELDS: Final = (
     "stacktrace",
 )
 
-# One script, so that a job which moves meanwhile is seen either before or after. The payload is not
-# read.
+# One script, so that it sees a moving job in either its old or its new state. It does not read the
+# payload.
 _LOOK: Final = """
 local state, score
 for i = 1, 5 do
@@ -54,15 +54,15 @@ return {state or 0, score or '', redis.call('EXISTS', KEYS[1]), fields}
 
 @dataclass(frozen=True, slots=True)
 class KeptJob:
-    """What BullMQ keeps of one job.
+    """What BullMQ keeps of one job. Times and counts that BullMQ does not know are 0.
 
     Attributes:
-        id: the job's.
-        state: the list or set it is in, by the name of its key; "" for none.
-        exists: whether its fields are there.
-        score: its score, where the state is a set.
-        fields: those that were read and that it has.
-        fault: why nothing else is known of it; None as a rule.
+        id: the job's id.
+        state: the name of the list or set that the job is in; "" for none.
+        exists: whether the job has fields.
+        score: the job's score, if the state is a set.
+        fields: the fields that were read and that exist.
+        fault: why the job can't be read; None if it can.
     """
 
     id: str
@@ -73,29 +73,29 @@ class KeptJob:
     fault: str | None = None
 
     @property
-    def due_ms(self) -> int | None:
+    def due_ms(self) -> int:
         """When a delayed job is due."""
-        # BullMQ keeps a counter in the lower 12 bits.
-        return None if self.score is None else time_ms(self.score / 0x1000)
+        # BullMQ keeps a counter in the score's lower 12 bits.
+        return time_ms((self.score or 0) / 0x1000)
 
     @property
-    def started_ms(self) -> int | None:
-        """When its last attempt began."""
+    def started_ms(self) -> int:
+        """When the last attempt began."""
         return time_ms(self.text("processedOn"))
 
     @property
-    def ended_ms(self) -> int | None:
-        """When it finished; the score of its set is the same time."""
+    def ended_ms(self) -> int:
+        """When the job finished. The score of its set is the same time."""
         return time_ms(self.text("finishedOn")) or time_ms(self.score)
 
     @property
-    def attempts_made(self) -> int | None:
-        """How many attempts have ended; None if the counter is none."""
-        made = whole(self.text("atm") or "0")
-        return made if made is not None and 0 <= made <= _MAX_SAFE_INTEGER else None
+    def attempts_made(self) -> int:
+        """How many attempts have ended."""
+        made = whole(self.text("atm"))
+        return made if 0 <= made <= _MAX_SAFE_INTEGER else 0
 
     def text(self, field: str) -> str | None:
-        """One field, as it is."""
+        """Return one field as it is."""
         return (self.fields or {}).get(field)
 
 
@@ -112,23 +112,23 @@ class JobReader:
         self._prefix = prefix
 
     async def look(self, queue: str, job_id: str, *, fields: bool) -> KeptJob:
-        """Look at one job; what its key or its queue's keys hold may be anything.
+        """Look one job up, whatever its key and its queue's keys hold.
 
         Args:
-            fields: whether to read them; they may be large.
+            fields: whether to read the fields, which may be large.
 
         Raises:
-            redis.exceptions.RedisError: the server can't be reached, or refuses to be asked.
+            redis.exceptions.RedisError: the server can't be reached, or refuses the script.
         """
         base = f"{self._prefix}:{queue}:"
         keys = [base + job_id, *(base + name for name in (*_SETS, *_LISTS))]
-        wanted = _FIELDS if fields else _FIELDS[:1]  # which tells whether they can be read
+        wanted = _FIELDS if fields else _FIELDS[:1]  # one shows whether the key is a hash
         try:
             state, score, exists, values = await self._look(keys=keys, args=[job_id, *wanted])
         except ResponseError as error:
             if "WRONGTYPE" not in str(error):
                 raise
-            return KeptJob(job_id, fault="a key of it, or of its queue, holds another type of data")
+            return KeptJob(job_id, fault="its key, or one of its queue, holds another type of data")
         return KeptJob(
             job_id,
             state=("", *_SETS, *_LISTS)[state],
@@ -138,15 +138,15 @@ class JobReader:
         )
 
 
-def time_ms(value: Any) -> int | None:
-    """Return a time that a field or a score holds, in epoch ms; None for what is no time."""
+def time_ms(value: Any) -> int:
+    """Return the time that a field or a score holds, in ms since the epoch; 0 if it holds none."""
     ms = whole(value)
-    return ms if ms is not None and EARLIEST_MS <= ms <= _LATEST_MS else None
+    return ms if EARLIEST_MS <= ms <= _LATEST_MS else 0
 
 
-def whole(value: Any) -> int | None:
-    """Return a number without its fraction; None for what is none."""
+def whole(value: Any) -> int:
+    """Return a number without its fraction; 0 for anything else."""
     try:
         return int(float(value))
     except (TypeError, ValueError, OverflowError):
-        return None
+        return 0

@@ -1,4 +1,4 @@
-"""The ``check`` command: everything that a start would refuse, without starting."""
+"""The `check` command: find everything that a start would refuse, without starting."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from autoflow_worker.recording.table import PROBED_QUEUE, inspect_tasks_table
 from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.loader import load_tasks
 
-#: Seconds that each server has to answer; a start waits longer (WORKER_STARTUP_TIMEOUT).
+#: Seconds to wait for each server at most; a start waits for WORKER_STARTUP_TIMEOUT.
 PATIENCE = 5.0
 
 
@@ -23,10 +23,10 @@ class Finding(NamedTuple):
     """What one check found.
 
     Attributes:
-        check: its name; empty for a further finding of the check before.
+        check: the check's name; empty for a further finding of the same check.
         verdict: `ok`, `warning`, `failed` or `skipped`.
-        text: what was found, in one line or more; without secrets.
-        exit_code: what a start would end with, if it failed; 0 otherwise.
+        text: what the check found, in one line or more, without secrets.
+        exit_code: the exit code that a start would end with; 0 unless the check failed.
     """
 
     check: str
@@ -36,11 +36,11 @@ class Finding(NamedTuple):
 
 
 def run_checks(env_files: Sequence[str] = (), **overrides: Any) -> Iterator[Finding]:
-    """Run all checks, one at each step, and yield what they find.
+    """Run the checks one by one, and yield what each finds.
 
     Args:
-        env_files: the files that variables were read from.
-        overrides: settings from the command line, by attribute; ``None`` is none.
+        env_files: the .env files that were read.
+        overrides: settings from the command line, by attribute; None keeps the environment's.
     """
     queues: list[str] = []
     settings, faults = Settings.examine(**overrides)
@@ -60,7 +60,7 @@ def run_checks(env_files: Sequence[str] = (), **overrides: Any) -> Iterator[Find
 
 
 def _run(name: str, check: Callable[[], list[str]]) -> Iterator[Finding]:
-    """Run a check; what it returns are remarks, the first of which is the finding."""
+    """Run a check, which returns what it found and then its warnings."""
     try:
         finding, *warnings = check()
     except WorkerError as error:
@@ -91,7 +91,7 @@ async def _redis(settings: Settings, queues: Sequence[str]) -> list[str]:
     try:
         official_worker("check", client, settings.bullmq_prefix, {})
         await client.open(min(PATIENCE, settings.worker_startup_timeout))
-        # Without a task list there are no queues under whose prefixes commands could be tried.
+        # The commands are tried on the keys of the task list's queues, if there is a task list.
         report = await examine_redis(client, settings.bullmq_prefix, queues)
     except (OSError, RedisError) as error:
         raise RedisUnavailableError(f"Redis went away: {error}") from error
@@ -107,4 +107,4 @@ async def _database(settings: Settings, queues: Sequence[str]) -> list[str]:
         new_rows=settings.record_unknown_jobs,
         patience=min(PATIENCE, settings.worker_startup_timeout),
     )
-    return [f"PostgreSQL {version}, the table is as it has to be"]
+    return [f"PostgreSQL {version}, the tasks table is right"]

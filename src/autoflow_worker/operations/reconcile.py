@@ -1,14 +1,13 @@
-"""The `reconcile` command: rows that are not finished against what BullMQ knows of their jobs.
+"""The `reconcile` command: compare the rows that are not finished with their jobs in BullMQ.
 
-For histories that the Node worker left behind, for tasks that the API retried while BullMQ still
-kept their failed job, and after a disaster. `reconcile_plan` says what is done about a row.
+It settles what the Node worker left behind, tasks that the API retried while BullMQ still kept
+their failed job, and what a disaster left. `reconcile_plan` decides what to do about a row.
 
-Finished rows are not compared. BullMQ keeps the last few hundred finished jobs only, so that a
-missing job says nothing about them; and a job that runs again writes its row by itself.
+It does not compare finished rows. BullMQ keeps only the last few hundred finished jobs, so a
+missing job says nothing about its row; and a job that runs again writes its row itself.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from typing import Final
 
@@ -19,6 +18,7 @@ from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.kept_job import JobReader, KeptJob
 from autoflow_worker.broker.producer import Producer
 from autoflow_worker.broker.replies import CommandRefusedError
+from autoflow_worker.clock import now_ms
 from autoflow_worker.encoding.failures import shorten_reason
 from autoflow_worker.errors import RedisUnavailableError, RedisUnfitError
 from autoflow_worker.operations.reconcile_plan import (
@@ -38,20 +38,17 @@ from autoflow_worker.recording.open_rows import OpenRows, Row, RowChangedError
 from autoflow_worker.recording.table import CONNECT_TIMEOUT, connection_to, inspect_tasks_table
 
 PAGE: Final = 500
-"""Rows that are compared at once."""
+"""Rows that one query reads."""
 
 SUSPECTS: Final = 10_000
-"""Rows that differ, after which no more are looked for until it is known which ones last."""
+"""Differing rows that are collected before they are looked at a second time."""
 
 SETTLING: Final = 1.0
-"""Seconds until a difference is looked at again: a row and its job change one after the other."""
-
-GONE: Final = "gone"
-NOWHERE: Final = "nowhere"
+"""Seconds between the two looks. A row and its job change one after the other, not together."""
 
 
 class _JobMovedError(Exception):
-    """The job is not as it was when it was compared with its row."""
+    """The job has changed since it was compared with its row."""
 
 
 async def reconcile(
@@ -68,15 +65,15 @@ async def reconcile(
         redis: an open client; the caller closes it.
         database_url: libpq's connection URL.
         prefix: BullMQ's key prefix.
-        fix: whether to settle what differs, or to say only how that would be done.
-        lost: what becomes of a row whose job is gone; None leaves it alone.
+        fix: True settles the differences; False only says how to settle them.
+        lost: what to do about a row whose job is gone; None leaves the row alone.
 
     Yields:
-        The differences that last for `SETTLING` seconds, about by row id.
+        The differences that last for `SETTLING` seconds, roughly ordered by row id.
 
     Raises:
-        RedisUnavailableError, RedisUnfitError: Redis goes away, or refuses to be asked.
-        DatabaseUnavailableError, DatabaseUnfitError: the same of PostgreSQL.
+        RedisUnavailableError, RedisUnfitError: Redis goes away, or refuses a command.
+        DatabaseUnavailableError, DatabaseUnfitError: PostgreSQL goes away, or refuses a statement.
     """
     if fix:
         await inspect_tasks_table(database_url)
@@ -93,11 +90,11 @@ async def reconcile(
                     if difference is not None:
                         yield difference
     except CommandRefusedError as error:
-        raise RedisUnfitError(f"Redis refuses what reconcile asks: {error}") from None
+        raise RedisUnfitError(f"Redis refuses a command of reconcile: {error}") from None
     except RedisConnectionError as error:
         raise RedisUnavailableError(f"Redis went away: {error}") from None
     except RedisError as error:
-        raise RedisUnfitError(f"Redis refuses what reconcile asks: {error}") from None
+        raise RedisUnfitError(f"Redis refuses a command of reconcile: {error}") from None
 
 
 class _Reconciler:
@@ -117,17 +114,17 @@ class _Reconciler:
         self._lost: Lost | None = lost
 
     async def differing_after(self, last: str) -> tuple[list[tuple[Row, str]], str | None]:
-        """The next rows that differ from their jobs, and did not change for `SETTLING` seconds.
+        """Find the next rows that differ from their jobs and do not change for `SETTLING` seconds.
 
-        A row that somebody has written meanwhile is left to whoever it was: what is true of it
-        now, may be about to be written to the other side.
+        A row that changes in that time is left out. Whoever wrote it may be about to write the
+        same to its job.
 
         Args:
-            last: the id up to which all rows were compared.
+            last: all rows up to this id have been compared.
 
         Returns:
-            The rows, each with its job's state at the first look; and the id up to which all are
-            compared now, None if these are all.
+            The rows, each with its job's state at the first look; and the id up to which all rows
+            have now been compared, None if no row is left.
         """
         suspects: dict[str, tuple[str, str]] = {}
         rows: list[Row] = []
@@ -135,27 +132,27 @@ class _Reconciler:
             last = rows[-1].id
             jobs = await asyncio.gather(*(self._look(row, fields=False) for row in rows))
             for row, job in zip(rows, jobs, strict=True):
-                if job is None or not agrees(row, job, _now_ms()):
+                if job is None or not agrees(row, job, now_ms()):
                     suspects[row.id] = row.version, _state(job)
         if not suspects:
             return [], None
         await asyncio.sleep(SETTLING)
-        found: list[tuple[Row, str]] = []
-        for row in await self._rows.these(list(suspects)):
-            version, state = suspects[row.id]
-            if row.version == version:
-                found.append((row, state))
+        found = [
+            (row, suspects[row.id][1])
+            for row in await self._rows.these(list(suspects))
+            if row.version == suspects[row.id][0]
+        ]
         return found, last if rows else None
 
     async def settle(self, row: Row, state: str) -> Difference | None:
-        """Settle one row's difference, or say how; None if there is none any more.
+        """Settle one row's difference, or say how to; None if it is gone.
 
         Args:
-            state: the job's, at the first look. A job that has moved since has somebody at work on
-                it, who is about to write the row.
+            state: the job's state at the first look. If it has changed, a worker is at work on the
+                job and about to write the row.
         """
         job = await self._look(row, fields=True)
-        if _state(job) != state or (job is not None and agrees(row, job, _now_ms())):
+        if _state(job) != state or (job is not None and agrees(row, job, now_ms())):
             return None
         try:
             action = await self._plan(row, job)
@@ -168,7 +165,7 @@ class _Reconciler:
         return self._difference(row, job, action)
 
     async def _look(self, row: Row, *, fields: bool) -> KeptJob | None:
-        """The row's job; None if the row names no queue."""
+        """Look the row's job up; None if the row names no queue."""
         if not row.queue:
             return None
         ids = patches.job_ids_of(row.queue, row.id)
@@ -178,65 +175,48 @@ class _Reconciler:
     async def _plan(self, row: Row, job: KeptJob | None) -> Action:
         if job is None:
             return Leave("the row names no queue")
-        action = plan(row, job, lost=self._lost, now_ms=_now_ms())
+        action = plan(row, job, lost=self._lost, now_ms=now_ms())
         if not isinstance(action, ReadTask):
             return action
-        return job_of(row, await self._rows.task(row), _now_ms())
+        return job_of(row, await self._rows.task(row), now_ms())
 
     async def _do(self, row: Row, action: Action) -> Action:
-        """Settle a difference; a `Leave` says what stood in the way.
+        """Settle a difference, and return what was done; a `Leave` says what prevented it.
 
         Raises:
             RowChangedError, _JobMovedError: nothing was done.
         """
-        if isinstance(action, Leave):
+        if isinstance(action, Leave | Retry):
             await self._rows.make_sure(row)
-            return action
-        if isinstance(action, Retry):
-            await self._rows.make_sure(row)
-            return await self._retry(row, action)
-        refusal = await self._rows.write(row, action.patch)
-        if refusal is not None:
+        elif refusal := await self._rows.write(row, action.patch):
             return Leave(refusal)
-        # After the row: a crash in between leaves a row without a job, as it was.
-        return await self._add(row, action) if isinstance(action, AddAgain) else action
-
-    async def _retry(self, row: Row, action: Retry) -> Action:
         try:
-            if not await self._producer.retry_failed(str(row.queue), action.job.id):
-                raise _JobMovedError
+            if isinstance(action, Retry):
+                if not await self._producer.retry_failed(str(row.queue), action.job.id):
+                    raise _JobMovedError
+            elif isinstance(action, AddAgain):
+                # After the row. A crash in between leaves a row without a job, as before.
+                await self._add(row, action)
+        except NoPermissionError:
+            raise
         except ResponseError as error:
-            return _broken(error)
+            reason = shorten_reason(str(error))
+            return Leave(f"BullMQ's script breaks on the job: {reason}")
         return action
 
-    async def _add(self, row: Row, action: AddAgain) -> Action:
+    async def _add(self, row: Row, action: AddAgain) -> None:
         job = self._producer.job(str(row.queue), action.data, action.options)
-        try:
-            await self._producer.add(job)
-        except ResponseError as error:
-            return _broken(error)
-        return action
+        await self._producer.add(job)
 
     def _difference(self, row: Row, job: KeptJob | None, action: Action) -> Difference:
         if isinstance(action, Leave):
-            settling = Settling.LEFT
-            what = f"{'left' if self._fix else 'would leave'}: {action.reason}"
+            verb = "left" if self._fix else "would leave"
+            settling, what = Settling.LEFT, f"{verb}: {action.reason}"
         elif self._fix:
             settling, what = Settling.DONE, action.past
         else:
             settling, what = Settling.POSSIBLE, f"would {action.infinitive}"
         return Difference(row.id, row.queue or "-", row.status, _state(job), settling, what)
-
-
-def _broken(error: ResponseError) -> Leave:
-    """What a script of BullMQ's met in the job's fields, or in its queue's keys.
-
-    Raises:
-        NoPermissionError: it met nothing, but was not allowed to look.
-    """
-    if isinstance(error, NoPermissionError):
-        raise error
-    return Leave(f"BullMQ's script breaks on the job: {shorten_reason(str(error))}")
 
 
 def _state(job: KeptJob | None) -> str:
@@ -245,9 +225,5 @@ def _state(job: KeptJob | None) -> str:
     if job.fault is not None:
         return "unreadable"
     if not job.exists:
-        return GONE
-    return job.state or NOWHERE
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+        return "gone"
+    return job.state or "nowhere"

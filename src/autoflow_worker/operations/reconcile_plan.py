@@ -1,12 +1,12 @@
 """What `reconcile` does about one row: pure functions of the row, of its job, and of the time.
 
-Nothing is guessed. A row is set to what BullMQ shows, and a time that nobody knows is left out, or
-is the time of the next best thing that is known.
+They never guess. A row gets what BullMQ shows. A time that BullMQ does not know is left out, except
+for `lastAttemptAt`, which gets the nearest known time.
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, TypeAlias
@@ -22,10 +22,13 @@ from autoflow_worker.recording.open_rows import Row, Task
 from autoflow_worker.tasks.definition import MAX_ATTEMPTS, PRIORITIES
 
 Lost: TypeAlias = Literal["fail", "requeue"]
-"""What becomes of a row whose job is gone from Redis."""
+"""What to do about a row whose job is gone from Redis."""
 
 BACKOFF_MS: Final = 5_000
-"""The API's backoff (contract, section 1), exponential: the row does not keep its job's."""
+"""The API's exponential backoff (contract, section 1). A row does not hold its job's backoff."""
+
+_UNKNOWN: Final = (0, patches.iso(0))
+"""What a patch holds in place of a count or a time that BullMQ does not know."""
 
 _JSON_TEXT_ERRORS: Final = (ValueError, RecursionError)
 _RESULT_KEYS: Final = frozenset({"success", "output", "duration"})
@@ -50,7 +53,7 @@ class Set:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Retry the failed job, with its attempts reset, as BullMQ does."""
+    """Have BullMQ retry the failed job, with its attempts reset."""
 
     job: KeptJob
     infinitive = "retry the job"
@@ -59,11 +62,11 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class AddAgain:
-    """Add the row's job again, once the patch is in the row.
+    """Write a patch into the row, then add its job again.
 
     Attributes:
         data: the job's data.
-        options: its options, by BullMQ's names.
+        options: the job's options, by BullMQ's names.
     """
 
     patch: Mapping[str, Any]
@@ -81,7 +84,7 @@ class Leave:
 
 
 class ReadTask:
-    """The row's job has to be added again: `job_of` says how, when the task was read."""
+    """Read the row's `Task`, and add its job again as `job_of` says."""
 
 
 Action: TypeAlias = Set | Retry | AddAgain | Leave
@@ -92,20 +95,20 @@ def agrees(row: Row, job: KeptJob, now_ms: float) -> bool:
     if not job.exists or job.fault is not None:
         return False
     if job.state == "delayed" and row.status == "pending":
-        # Handed back at a shutdown: BullMQ has it delayed, by 0, until the next job is fetched.
-        return job.due_ms is not None and job.due_ms <= now_ms
+        # Handed back at a shutdown: BullMQ keeps the job delayed, by 0, until its next fetch.
+        return 0 < job.due_ms <= now_ms
     return STATUS_OF_STATE.get(job.state) == row.status
 
 
 def plan(
     row: Row, job: KeptJob, *, lost: Lost | None, now_ms: float
 ) -> Set | Retry | Leave | ReadTask:
-    """What to do about a row that does not agree with its job.
+    """Decide what to do about a row that does not agree with its job.
 
     Args:
-        job: with its fields.
-        lost: what becomes of a row whose job is gone; None leaves it alone.
-        now_ms: epoch ms.
+        job: the job, with its fields.
+        lost: what to do if the job is gone; None leaves the row alone.
+        now_ms: the time, in ms since the epoch.
     """
     if job.fault is not None:
         return Leave(f"the job can't be read: {job.fault}")
@@ -113,11 +116,12 @@ def plan(
         return _without_job(row, job, lost, now_ms)
     if job.state == "failed" and _was_retried(row):
         return Retry(job)
-    return _PATCH_OF_STATE[job.state](row, job, now_ms)
+    patch, note = _patch(row, job, now_ms)
+    return Set({key: value for key, value in patch.items() if value not in _UNKNOWN}, note)
 
 
 def _was_retried(row: Row) -> bool:
-    """Whether the API has retried the task; BullMQ ignored the job, as it kept the failed one."""
+    """Whether the API retried the task in vain: BullMQ ignores a job whose id it still keeps."""
     return row.status == "pending" and row.attempts == "0" and bool(row.started_at)
 
 
@@ -133,7 +137,7 @@ def _without_job(
     else:
         what = "the job was removed from Redis, or was never added"
     if lost is None:
-        return Leave(f"{what}; --lost says what becomes of the row")
+        return Leave(f"{what}; --lost fail or --lost requeue settles the row")
     if "\ufffd" in row.id:
         return Leave("the id of its job is no text, so the job can't be looked for")
     if lost == "fail":
@@ -148,20 +152,36 @@ def _without_job(
 
 
 def _is_custom_id(job_id: str) -> bool:
-    """Whether a producer may choose this id; Node's BullMQ refuses the others."""
+    """Whether Node's BullMQ lets a producer choose this id."""
     if not job_id or _INTEGER.fullmatch(job_id):
         return False
     return ":" not in job_id or len(job_id.split(":")) == _PARTS_OF_A_REPEATED_ID
 
 
-def _completed(_: Row, job: KeptJob, __: float) -> Set:
+def _patch(row: Row, job: KeptJob, now_ms: float) -> tuple[patches.Record, str]:
+    """Translate the job's state into a patch of its row, and a remark on that."""
+    match job.state:
+        case "completed":
+            return _completed(job)
+        case "failed":
+            return _failed(row, job, now_ms), ""
+        case "delayed":
+            return patches.moved_to_delayed_patch(until_ms=job.due_ms), ""
+        case "active":
+            started, attempt = job.started_ms, job.attempts_made + 1
+            return patches.active_patch(now_ms=started, attempt=attempt), ""
+        case _:
+            patch = patches.handed_back_patch()
+            # The delay of a delayed row is over: the job was promoted, or is due.
+            return {**patch, "delayUntil": None} if row.status == "delayed" else patch, ""
+
+
+def _completed(job: KeptJob) -> tuple[patches.Record, str]:
     started, ended = job.started_ms, job.ended_ms
     took = max(0, ended - started) if started and ended else 0
     result, note = _result(job.text("returnvalue"), took)
-    patch = patches.completed_patch(now_ms=ended or 0, result=result)
-    if not ended:
-        del patch["completedAt"]
-    return Set({**patch, **_attempts(job)}, note)
+    patch = patches.completed_patch(now_ms=ended, result=result)
+    return {**patch, "attempts": job.attempts_made}, note
 
 
 def _result(text: str | None, took_ms: int) -> tuple[patches.Record, str]:
@@ -174,7 +194,7 @@ def _result(text: str | None, took_ms: int) -> tuple[patches.Record, str]:
         ):
             took_ms = value.get("duration", took_ms)
             value = value.get("output")
-        # Otherwise another producer's or an older worker's: the contract wants it as the output.
+        # Any other value is the output itself: another producer's worker or an older one wrote it.
         return patches.success_result(value, took_ms), ""
     except (*_JSON_TEXT_ERRORS, NotStorableError):
         bare = patches.success_result(None, took_ms)
@@ -182,9 +202,8 @@ def _result(text: str | None, took_ms: int) -> tuple[patches.Record, str]:
         return bare, ", without the output, as the job's return value can't be read"
 
 
-def _failed(row: Row, job: KeptJob, now_ms: float) -> Set:
-    ended = job.ended_ms
-    last_ms = ended or job.started_ms or _iso_ms(row.started_at) or now_ms
+def _failed(row: Row, job: KeptJob, now_ms: float) -> patches.Record:
+    last_ms = job.ended_ms or job.started_ms or _iso_ms(row.started_at) or now_ms
     error = patches.error_record(job.text("failedReason") or "BullMQ keeps no reason", last_ms)
     try:
         traces = json.loads(job.text("stacktrace") or "[]")
@@ -192,82 +211,40 @@ def _failed(row: Row, job: KeptJob, now_ms: float) -> Set:
         traces = []
     if isinstance(traces, list) and traces and isinstance(traces[-1], str):
         error["stackTrace"] = shorten_stack_trace(traces[-1])
-    patch = patches.failed_patch(now_ms=ended or 0, attempt=0, error=error)
-    del patch["attempts"]
-    if not ended:
-        del patch["failedAt"]
-    return Set({**patch, **_attempts(job)})
-
-
-def _attempts(job: KeptJob) -> patches.Record:
-    """How many attempts a finished job took; nothing if BullMQ does not say."""
-    return {"attempts": job.attempts_made} if job.attempts_made else {}
-
-
-def _delayed(_: Row, job: KeptJob, __: float) -> Set:
-    patch = patches.moved_to_delayed_patch(until_ms=job.due_ms or 0)
-    if not job.due_ms:
-        del patch["delayUntil"]
-    return Set(patch)
-
-
-def _active(_: Row, job: KeptJob, __: float) -> Set:
-    started = job.started_ms
-    patch = patches.active_patch(now_ms=started or 0, attempt=(job.attempts_made or 0) + 1)
-    if not started:
-        del patch["startedAt"]
-    return Set(patch)
-
-
-def _pending(row: Row, _: KeptJob, __: float) -> Set:
-    patch = patches.handed_back_patch()
-    # Promoted, or due: it waits for nothing but its turn.
-    return Set({**patch, "delayUntil": None} if row.status == "delayed" else patch)
-
-
-_PATCH_OF_STATE: Final[Mapping[str, Callable[[Row, KeptJob, float], Set]]] = {
-    "completed": _completed,
-    "failed": _failed,
-    "delayed": _delayed,
-    "active": _active,
-    "wait": _pending,
-    "paused": _pending,
-    "prioritized": _pending,
-    "waiting-children": _pending,
-}
+    return patches.failed_patch(now_ms=job.ended_ms, attempt=job.attempts_made, error=error)
 
 
 def job_of(row: Row, task: Task, now_ms: float) -> AddAgain | Leave:
-    """The row's job as the API adds it (contract, sections 1 and 5); only its backoff is gone."""
+    """Make the row's job as the API adds it (contract, sections 1 and 5), but for its backoff."""
     try:
         payload = json.loads(task.payload or "null")
         data = {**payload, "correlationId": str(uuid4())}
         json.dumps(data, allow_nan=False)
     except (TypeError, *_JSON_TEXT_ERRORS):
         return Leave("the job is gone from Redis, and the row's payload can't be read")
-    attempts = whole(task.max_attempts) or 1
-    delay = min(max(0, (_iso_ms(task.delay_until) or 0) - int(now_ms)), MAX_DELAY_MS)
-    if row.status != "delayed":
-        delay = 0
+    delay = 0
+    if row.status == "delayed":
+        delay = min(max(0, _iso_ms(task.delay_until) - int(now_ms)), MAX_DELAY_MS)
     options: dict[str, Any] = {
         "jobId": row.id,
         "priority": PRIORITIES.get(task.priority or "", PRIORITIES["normal"]),  # type: ignore[call-overload]
-        "attempts": min(max(1, attempts), MAX_ATTEMPTS),
+        "attempts": min(max(1, whole(task.max_attempts)), MAX_ATTEMPTS),
         "backoff": {"type": "exponential", "delay": BACKOFF_MS},
         **({"delay": delay} if delay else {}),
         "removeOnComplete": KEPT_COMPLETED,
         "removeOnFail": KEPT_FAILED,
     }
-    # As the API's retry has it.
+    # What the API writes at a retry.
     patch = {"status": "pending", "attempts": 0, "failedAt": None, "error": None}
     again = {"status": "delayed"} if delay else {"delayUntil": None}
     return AddAgain({**patch, **again}, data, options)
 
 
-def _iso_ms(text: str | None) -> int | None:
+def _iso_ms(text: str | None) -> int:
+    """Return a row's time in ms since the epoch; 0 if there is none."""
     if text is None or not _ISO.fullmatch(text):
-        return None
+        return 0
     try:
         return time_ms(datetime.fromisoformat(text).timestamp() * 1000)
     except ValueError:
-        return None
+        return 0

@@ -19,11 +19,11 @@ class Difference:
     """A row whose status is not its job's state.
 
     Attributes:
-        row_id: the row.
-        queue: its queue.
-        status: what the row said.
-        state: what BullMQ said, by the name of its list or set; "gone" for a job that is not there.
-        settling: what became of it.
+        row_id: the row's id.
+        queue: the row's queue.
+        status: the row's status.
+        state: the job's state, by the name of BullMQ's list or set; "gone" for a missing job.
+        settling: what became of the difference.
         what: the same in words.
     """
 
@@ -39,14 +39,14 @@ HEADER = f"{'row':21}  {'it says':7}  {'BullMQ says':16}  queue: what is done"
 
 
 def line(difference: Difference, width: int | None) -> str:
-    """One difference as one line, whatever its texts hold.
+    """Write a difference as one line, without control characters.
 
     Args:
-        width: characters of the terminal, for which a longer line is wrapped; None: of no terminal.
+        width: the terminal's columns, at which to wrap the line; None never wraps it.
     """
     one = difference
     text = f"{one.row_id:21}  {one.status:7}  {one.state:16}  {one.queue}: {one.what}"
-    # A queue's name may hold what a terminal takes for a command.
+    # A queue's name may contain a terminal's escape sequence.
     text = "".join(char if char.isprintable() else "\ufffd" for char in text)
     if width is None or len(text) <= width:
         return text
@@ -63,12 +63,12 @@ class Summary:
         self._counts[difference.settling] += 1
 
     def __bool__(self) -> bool:
-        """Whether there was any."""
+        """Whether there is any difference."""
         return bool(self._counts)
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether every difference was settled."""
         return self._counts.total() == self._counts[Settling.DONE]
 
     def __str__(self) -> str:

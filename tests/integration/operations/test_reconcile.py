@@ -1,79 +1,24 @@
-"""`autoflow-worker reconcile`: rows that lie, and what BullMQ knows."""
+"""`reconcile`: rows get what BullMQ knows of their jobs."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from redis.asyncio import Redis
 
-from autoflow_worker import TaskContext, TaskOptions, UnrecoverableError, define_task
+from autoflow_worker import TaskContext, TaskOptions, define_task
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.kept_job import JobReader
-from autoflow_worker.cli import DIFFERENCES_LEFT, cli
-from autoflow_worker.errors import (
-    DatabaseUnavailableError,
-    DatabaseUnfitError,
-    RedisUnavailableError,
-    RedisUnfitError,
-)
 from autoflow_worker.operations import reconcile
-from autoflow_worker.operations.reconcile_report import Difference, Settling
 from autoflow_worker.recording.patches import own_row_id
 from tests.support.agreement import bull_jobs, differences
 from tests.support.api import Api
-from tests.support.database import Connection, Database, new_task_id
+from tests.support.database import Database, new_task_id
 from tests.support.node import Node, Scheduled
-from tests.support.process import WorkerStarter
+from tests.support.reconciling import ACTIVE, QUEUE, TASK, Compare, Json, render, set_rows, told
 from tests.support.running import RunWorker
-from tests.support.servers import OwnServer
 from tests.support.until import until
-
-QUEUE = "reports-render"
-ACTIVE = (
-    '{"status": "active", "result": null, "error": null, "completedAt": null, "failedAt": null}'
-)
-Json = dict[str, Any]
-
-
-async def render(payload: Json, ctx: TaskContext) -> object:
-    if payload.get("bad"):
-        raise UnrecoverableError("no such report")
-    if payload.get("bad once") and ctx.job.attemptsStarted == 1:
-        raise UnrecoverableError("not yet")
-    return {"pages": 3}
-
-
-TASK = define_task(QUEUE, render, TaskOptions(concurrency=5))
-
-Compare = Callable[..., Coroutine[Any, Any, dict[str, Difference]]]
-
-
-@pytest.fixture
-async def compare(
-    redis_url: str, database_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Compare]:
-    """`await compare(fix=..., lost=...)`: the differences, by row id."""
-    # Nothing runs beside it, unless a test says so.
-    monkeypatch.setattr("autoflow_worker.operations.reconcile.SETTLING", 0.0)
-    client = PipelinedRedis(redis_url)
-    await client.open(30)
-
-    async def run(**options: Any) -> dict[str, Difference]:
-        found = reconcile.reconcile(client, database_url, prefix, **options)
-        async with aclosing(found):
-            return {difference.row_id: difference async for difference in found}
-
-    yield run
-    await client.aclose()
-
-
-def told(found: dict[str, Difference]) -> dict[str, tuple[str, str, str]]:
-    """What is said of each row."""
-    return {row_id: (one.status, one.state, one.what) for row_id, one in found.items()}
 
 
 def without_times(row: Json | None) -> Json:
@@ -82,10 +27,6 @@ def without_times(row: Json | None) -> Json:
     assert row.pop("completedAt") or row.pop("failedAt")
     row.pop("failedAt", None)
     return row | {"error": (row["error"] or {}) | {"lastAttemptAt": None}}
-
-
-async def set_rows(db: Database, patch: str, *ids: str) -> None:
-    await db.execute("UPDATE tasks SET data = data || %s::jsonb WHERE id = ANY(%s)", patch, [*ids])
 
 
 # -- what BullMQ knows ---------------------------------------------------------------------------
@@ -106,7 +47,10 @@ async def test_rows_that_an_older_worker_left_behind_get_what_bullmq_knows(
     # As the Node worker leaves them: the job is over, and its row says `active` for ever.
     await set_rows(db, ACTIVE, done, bad, waiting)
 
-    gone = "the job was removed from Redis, or was never added; --lost says what becomes of the row"
+    gone = (
+        "the job was removed from Redis, or was never added;"
+        " --lost fail or --lost requeue settles the row"
+    )
     assert told(await compare()) == {
         done: ("active", "completed", "would set completed"),
         bad: ("active", "failed", "would set failed"),
@@ -276,62 +220,6 @@ async def has_finished(node: Node, queue: str, job_id: str) -> bool:
     return await node.get_state(queue, job_id) == "completed"
 
 
-# -- the API's retry of a job that BullMQ still keeps --------------------------------------------
-
-
-async def test_a_retry_that_bullmq_ignored_is_made_good(
-    compare: Compare,
-    api: Api,
-    run_worker: RunWorker,
-    redis: Redis,
-    prefix: str,
-) -> None:
-    task_id = await api.schedule(QUEUE, {"bad once": True})
-    other = await api.schedule(QUEUE, {"bad": True})
-    async with run_worker([TASK]):
-        await api.until_both_say(QUEUE, task_id, "failed")
-        await api.until_both_say(QUEUE, other, "failed")
-    claims = await redis.hget(f"{prefix}:{QUEUE}:{task_id}", "ats")
-    await api.retry(QUEUE, task_id)
-    assert await api.node.get_state(QUEUE, task_id) == "failed", "BullMQ knows the id"
-    row = await api.db.row(task_id)
-
-    assert told(await compare()) == {task_id: ("pending", "failed", "would retry the job")}
-    assert await api.node.get_state(QUEUE, task_id) == "failed", "without fix, nothing is done"
-    assert told(await compare(fix=True)) == {task_id: ("pending", "failed", "retried the job")}
-
-    assert await api.db.row(task_id) == row, "not failed again"
-    assert await api.node.get_state(QUEUE, task_id) == "prioritized"
-    fields = await redis.hgetall(f"{prefix}:{QUEUE}:{task_id}")
-    assert fields["ats"] == claims, "the claims are counted on"
-    assert "atm" not in fields
-    assert await compare() == {}
-    async with run_worker([TASK]):
-        done = await api.until_both_say(QUEUE, task_id, "completed")
-    assert (done["attempts"], done["result"]["output"], done["error"]) == (1, {"pages": 3}, None)
-    jobs = await bull_jobs(redis, prefix, QUEUE)
-    assert differences(await api.db.rows(), jobs) == []
-
-
-async def test_a_retry_on_which_bullmqs_script_breaks_costs_its_own_row_only(
-    compare: Compare, api: Api, run_worker: RunWorker, redis: Redis, prefix: str
-) -> None:
-    ids = sorted([await api.schedule(QUEUE, {"bad": True}) for _ in range(2)])
-    async with run_worker([TASK]):
-        for task_id in ids:
-            await api.until_both_say(QUEUE, task_id, "failed")
-    for task_id in ids:
-        await api.retry(QUEUE, task_id)
-    parent = f"{prefix}:{QUEUE}:parent"
-    await redis.hset(f"{prefix}:{QUEUE}:{ids[0]}", "parentKey", parent)
-    await redis.mset({parent: "", f"{parent}:unsuccessful": "no set"})
-
-    found = await compare(fix=True)
-
-    assert found[ids[0]].what.startswith("left: BullMQ's script breaks on the job: WRONGTYPE")
-    assert found[ids[1]].what == "retried the job"
-
-
 # -- jobs that can't be read ---------------------------------------------------------------------
 
 
@@ -360,7 +248,7 @@ async def test_jobs_that_cant_be_read_cost_their_own_row_only(
 
     what = {row_id: one.what for row_id, one in found.items()}
     assert what.pop(text) == (
-        "left: the job can't be read: a key of it, or of its queue, holds another type of data"
+        "left: the job can't be read: its key, or one of its queue, holds another type of data"
     )
     assert what.pop(no_result) == (
         "set completed, without the output, as the job's return value can't be read"
@@ -381,171 +269,6 @@ async def test_rows_that_name_no_queue_are_left(compare: Compare, db: Database) 
     }
 
 
-# -- rows whose job is gone ----------------------------------------------------------------------
-
-
-async def test_rows_whose_job_is_gone_fail(compare: Compare, api: Api) -> None:
-    started = await api.db.insert_task(
-        QUEUE, {}, status="active", startedAt="2026-01-02T03:04:05.678Z", attempts=2
-    )
-    assert told(await compare(lost="fail")) == {started: ("active", "gone", "would set failed")}
-    assert await api.db.status(started) == "active"
-    assert told(await compare(fix=True, lost="fail")) == {started: ("active", "gone", "set failed")}
-    row = await api.db.row(started) or {}
-    assert row["attempts"] == 2
-    assert row["error"] == {
-        "success": False,
-        "reason": "the job is gone from Redis, so nobody can tell its end",
-        "lastAttemptAt": "2026-01-02T03:04:05.678Z",
-    }
-    assert row["failedAt"] > row["enqueuedAt"]
-    assert await compare() == {}
-
-
-async def test_jobs_that_are_gone_are_added_again(
-    compare: Compare, api: Api, run_worker: RunWorker, redis: Redis, prefix: str
-) -> None:
-    payload = {"n": 2**70, "text": "\u00e9\u20ac", "nested": [{"a": None}]}
-    task_id = await api.db.insert_task(
-        QUEUE, payload, status="active", priority="critical", maxAttempts=7, attempts=3
-    )
-    numbered = await api.db.insert_task(QUEUE, {}, task_id=own_row_id(QUEUE, "17"))
-    refused = await api.db.insert_task(QUEUE, {}, task_id="17")
-    later = await api.db.insert_task(
-        QUEUE, {}, status="delayed", delayUntil="2999-01-01T00:00:00.000Z"
-    )
-    like_the_apis = await api.schedule("other", payload, priority="critical", attempts=7)
-
-    found = await compare(lost="requeue")
-    assert {
-        row_id: one.what for row_id, one in found.items() if row_id != refused
-    } == dict.fromkeys((task_id, numbered, later), "would add the job again")
-    assert await bull_jobs(redis, prefix, QUEUE) == {}
-    found = await compare(fix=True, lost="requeue")
-    what = {row_id: one.what for row_id, one in found.items()}
-    assert what.pop(refused).endswith("BullMQ takes no such id for a job: use --lost fail")
-    assert what == dict.fromkeys((task_id, numbered, later), "added the job again")
-
-    ours = await redis.hgetall(f"{prefix}:{QUEUE}:{task_id}")
-    apis = await redis.hgetall(f"{prefix}:other:{like_the_apis}")
-    assert ours.keys() == apis.keys()
-    assert json.loads(ours["opts"]) == json.loads(apis["opts"]) | {"jobId": task_id}
-    assert json.loads(ours["data"]).keys() == json.loads(apis["data"]).keys()
-    assert (ours["name"], ours["priority"]) == (QUEUE, apis["priority"])
-    assert await api.db.statuses() == {"pending": 4, "delayed": 1}
-    assert (await compare()).keys() == {refused}
-    assert await api.node.get_state(QUEUE, later) == "delayed"
-    async with run_worker([TASK]):
-        row = await api.until_both_say(QUEUE, task_id, "completed")
-        await api.until_both_say(QUEUE, numbered, "completed")
-    assert (row["attempts"], row["payload"]) == (1, payload)
-
-
-async def test_a_crash_after_the_row_was_written_leaves_it_as_lost_as_it_was(
-    compare: Compare, api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task_id = await api.db.insert_task(QUEUE, {}, status="active", attempts=2)
-
-    async def crash(*_: object) -> None:
-        raise asyncio.CancelledError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(reconcile._Reconciler, "_add", crash)
-        with pytest.raises(asyncio.CancelledError):
-            await compare(fix=True, lost="requeue")
-    assert await api.db.status(task_id) == "pending"
-    assert (await compare(fix=True, lost="requeue")).keys() == {task_id}
-    assert await api.node.get_state(QUEUE, task_id) == "prioritized"
-
-
-# -- what stands in the way ----------------------------------------------------------------------
-
-
-async def test_a_refused_change_costs_its_row_and_shows_nothing_of_it(
-    compare: Compare, api: Api, database_url: str
-) -> None:
-    db = api.db
-    refused, silent, locked, fine = [
-        await db.insert_task(QUEUE, {"secret": "S3cr3t"}, task_id=f"{n}-{new_task_id()}")
-        for n in range(4)
-    ]
-    await db.execute(
-        "ALTER TABLE tasks ADD CONSTRAINT no_failures"
-        f" CHECK (id <> '{refused}' OR data->>'status' <> 'failed')"
-    )
-    await db.execute(
-        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
-    )
-    await db.execute(
-        "CREATE TRIGGER keep BEFORE UPDATE ON tasks FOR EACH ROW"
-        f" WHEN (OLD.id = '{silent}') EXECUTE FUNCTION keep()"
-    )
-    async with await Connection.connect(database_url) as holder:
-        await holder.execute("SELECT FROM tasks WHERE id = %s FOR UPDATE", (locked,))
-        found = await compare(fix=True, lost="fail")
-    what = {row_id: one.what for row_id, one in found.items()}
-    assert what == {
-        refused: 'left: PostgreSQL refuses the change: new row for relation "tasks" violates check'
-        ' constraint "no_failures"',
-        silent: "left: PostgreSQL leaves the row as it is: a trigger or a policy",
-        locked: "left: PostgreSQL refuses the change: canceling statement due to lock timeout",
-        fine: "set failed",
-    }
-    assert found[refused].settling is Settling.LEFT
-
-
-async def test_a_table_that_cant_be_written_is_told_once(compare: Compare, db: Database) -> None:
-    await db.execute("ALTER TABLE tasks RENAME TO elsewhere")
-    with pytest.raises(DatabaseUnfitError, match="there is no table 'tasks'"):
-        await compare(fix=True)
-    with pytest.raises(DatabaseUnfitError, match="tasks"):
-        await compare()
-
-
-@pytest.mark.parametrize("end", ["killed", "refuses"])
-async def test_redis_goes_away_in_the_middle(
-    end: str, own_redis: OwnServer, database_url: str, db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("autoflow_worker.operations.reconcile.SETTLING", 0.0)
-    monkeypatch.setattr("autoflow_worker.operations.reconcile.SUSPECTS", 1)
-    monkeypatch.setattr("autoflow_worker.broker.channel.CONNECT_PATIENCE", 1.0)
-    await db.insert_tasks(QUEUE, {new_task_id(): {} for _ in range(1500)})
-    client = PipelinedRedis(own_redis.url)
-    await client.open(30)
-    found = reconcile.reconcile(client, database_url, "bull", fix=True, lost="fail")
-    async with aclosing(found):
-        await anext(found)
-        if end == "killed":
-            await own_redis.kill()
-            with pytest.raises(RedisUnavailableError, match="Redis went away"):
-                _ = [difference async for difference in found]
-        else:
-            async with Redis.from_url(own_redis.url) as admin:
-                await admin.acl_setuser("default", commands=["-evalsha"])
-            with pytest.raises(RedisUnfitError, match="evalsha"):
-                _ = [difference async for difference in found]
-    await client.aclose()
-
-
-async def test_postgresql_goes_away_in_the_middle(
-    compare: Compare, api: Api, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await api.db.insert_task(QUEUE, {})
-    look = JobReader.look
-
-    async def look_and_cut(self: Any, *args: Any, **options: Any) -> Any:
-        if options["fields"]:
-            await api.db.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            )
-        return await look(self, *args, **options)
-
-    monkeypatch.setattr(JobReader, "look", look_and_cut)
-    with pytest.raises(DatabaseUnavailableError):
-        await compare(fix=True, lost="fail")
-
-
 # -- many rows -----------------------------------------------------------------------------------
 
 
@@ -561,57 +284,3 @@ async def test_pages_and_batches_leave_nothing_out(
     assert (await compare(fix=True, lost="fail")).keys() == ids
     assert await api.db.statuses() == {"failed": 100, "completed": 50}
     assert await compare() == {}
-
-
-# -- the command ---------------------------------------------------------------------------------
-
-
-def command(redis_url: str, database_url: str, prefix: str, *arguments: str) -> tuple[int, str]:
-    environment = {"REDIS_URL": redis_url, "DATABASE_URL": database_url, "BULLMQ_PREFIX": prefix}
-    result = CliRunner().invoke(
-        cli, ["reconcile", *arguments], env=environment, standalone_mode=False
-    )
-    assert result.exception is None, result.output
-    code: int = result.return_value
-    return code, result.output
-
-
-async def test_the_command_says_what_it_would_do_and_did(
-    redis_url: str, database_url: str, prefix: str, db: Database
-) -> None:
-    def run(*arguments: str) -> Awaitable[tuple[int, str]]:
-        return asyncio.to_thread(command, redis_url, database_url, prefix, *arguments)
-
-    code, output = await run()
-    assert code == 0
-    assert output == "every row that is not finished agrees with its job\n"
-    task_id = await db.insert_task(QUEUE, {})
-    assert DIFFERENCES_LEFT == 5
-
-    code, output = await run()
-    assert code == 5
-    assert f"{QUEUE}: would leave: the job was removed from Redis" in output
-    assert output.endswith("1 row differs: 1 left\n")
-    code, output = await run("--fix")
-    assert code == 5
-    assert output.endswith("1 row differs: 1 left\n")
-    code, output = await run("--lost", "requeue")
-    assert code == 5
-    assert f"{QUEUE}: would add the job again" in output
-    assert output.endswith("1 row differs: 1 can be settled with --fix\n")
-    code, output = await run("--fix", "--lost", "requeue")
-    assert code == 0
-    assert output.splitlines()[1].startswith(task_id)
-    assert output.endswith("1 row differs: 1 settled\n")
-    assert await run() == (0, "every row that is not finished agrees with its job\n")
-
-
-async def test_the_command_ends_with_one_message_when_a_server_is_away(
-    worker_process: WorkerStarter,
-) -> None:
-    process = worker_process(
-        "", command="reconcile", REDIS_URL="redis://127.0.0.1:1", WORKER_STARTUP_TIMEOUT="0.2"
-    )
-    assert await process.wait() == 3
-    assert process.stderr.startswith("autoflow-worker: Redis can't be reached")
-    assert "Traceback" not in process.stderr
