@@ -1,5 +1,5 @@
-"""The commands; the only place that reads argv, and that turns errors into exit codes."""
-# ruff: noqa: PLC0415 - what a command needs is imported by that command: --help has to be quick
+"""The commands. No other module reads argv, or turns errors into exit codes."""
+# ruff: noqa: PLC0415 - each command imports what it needs, so that --help is quick
 
 import asyncio
 import gc
@@ -8,9 +8,9 @@ import json
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import structlog
@@ -31,39 +31,44 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-#: Exit code of a command that Ctrl-C ended before there was anything to stop.
+#: Exit code of a command that Ctrl-C ends.
 INTERRUPTED = 130
-#: Exit code of `reconcile` when there is something left to do.
+#: Exit code of `reconcile` if differences are left.
 DIFFERENCES_LEFT = 5
-#: New objects after which the worker looks for garbage that refers to itself; Python's is 700.
+#: New objects after which Python collects cyclic garbage; its default is 700 or 2000.
 GARBAGE_THRESHOLD = 10_000
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 _EPILOG = """
-Settings come from the environment, or from a .env file: REDIS_URL, DATABASE_URL, NODE_ENV,
+Settings come from the environment or from .env files: REDIS_URL, DATABASE_URL, NODE_ENV,
 BULLMQ_PREFIX, TASKS_CONFIG, WORKER_QUEUES, WORKER_CONCURRENCY, WORKER_SHUTDOWN_GRACE,
 WORKER_STARTUP_TIMEOUT, DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, MAX_PAYLOAD_BYTES, LOG_LEVEL,
 LOG_FORMAT.
 
-Exit codes: 0 stopped cleanly, 1 a part died, 2 wrong use (settings, task list, arguments, a missing
-extra), 3 Redis or PostgreSQL unreachable, unfit or refusing, 4 the deadline passed and jobs were
-handed back, 5 reconcile left differences.
+Exit codes: 0 success; 1 a part of the worker died; 2 wrong settings, task list or arguments, or a
+missing extra; 3 Redis or PostgreSQL can't be reached, refuses the worker, or does not fit; 4 the
+deadline passed and running jobs were handed back; 5 reconcile left differences.
 """
 
-C = TypeVar("C", bound=Callable[..., Any])
+
+_tasks_option = click.option(
+    "--tasks",
+    metavar="MODULE:ATTRIBUTE",
+    help="The task list. [default: TASKS_CONFIG, else tasks_config:tasks]",
+)
+_queues_option = click.option(
+    "--queues", metavar="A,B", help="Serve only these queues. [default: WORKER_QUEUES, else all]"
+)
 
 
-def _task_options(command: C) -> C:
-    tasks = click.option(
-        "--tasks",
-        metavar="MODULE:ATTRIBUTE",
-        help="The task list. [default: TASKS_CONFIG, else tasks_config:tasks]",
-    )
-    queues = click.option(
-        "--queues", metavar="A,B", help="Only these queues. [default: WORKER_QUEUES, else all]"
-    )
-    return tasks(queues(command))
+def _load_settings(**options: Any) -> "Settings":
+    """Read the .env files, then the settings."""
+    from autoflow_worker.env_files import read_env_files
+    from autoflow_worker.settings import Settings
+
+    read_env_files()
+    return Settings.load(**options)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
@@ -73,19 +78,20 @@ def cli() -> None:
 
 
 @cli.command()
-@_task_options
+@_tasks_option
+@_queues_option
 @click.option("--until-stdin-closes", is_flag=True, hidden=True)
 def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> int:
     """Run the worker, as in production.
 
-    Needs REDIS_URL, DATABASE_URL and a task list. Runs until SIGTERM or SIGINT, then lets running
-    jobs finish for WORKER_SHUTDOWN_GRACE seconds; another signal, at least a second later, hands
-    them back at once. SIGUSR1 prints what runs.
+    Needs REDIS_URL, DATABASE_URL and a task list. SIGTERM or SIGINT stops it: running jobs have
+    WORKER_SHUTDOWN_GRACE seconds to finish, then they are handed back to their queues. A second
+    signal, at least a second later, hands them back at once. SIGUSR1 prints what runs.
     """
     from autoflow_worker.process.signals import hold_signals
     from autoflow_worker.process.watchdog import leave_stacks
 
-    hold_signals()  # before the imports that take long
+    hold_signals()  # Before the slow imports.
     leave_stacks()
     from autoflow_worker.env_files import read_env_files
     from autoflow_worker.settings import Settings
@@ -111,8 +117,8 @@ def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") ->
     from autoflow_worker.service import WorkerService
     from autoflow_worker.worker.handler_tasks import contain_tasks
 
-    # What was imported stays, and a job leaves next to nothing that refers to itself: looking for
-    # that as often as Python does took a tenth of the time.
+    # Modules stay, and jobs leave almost no cyclic garbage. At Python's default threshold, the
+    # collector took a tenth of the time.
     gc.freeze()
     gc.set_threshold(GARBAGE_THRESHOLD)
 
@@ -129,12 +135,14 @@ def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") ->
 
 
 @cli.command()
-@_task_options
+@_tasks_option
+@_queues_option
 def dev(tasks: str | None, queues: str | None) -> int:
-    """Run the worker with hot reload, and embedded servers.
+    """Run the worker with hot reload and embedded servers.
 
-    Restarts when a Python file below the working directory changes. A server whose URL is not set
-    is started from its wheel, and is gone afterwards.
+    Restarts the worker when a Python or .env file in the working directory changes. Starts a server
+    of its own for each of REDIS_URL and DATABASE_URL that is not set, and deletes its data at the
+    end.
     """
     from autoflow_worker.local.dev import run_dev
 
@@ -143,7 +151,7 @@ def dev(tasks: str | None, queues: str | None) -> int:
 
 @cli.command()
 def demo() -> int:
-    """Run some hundred jobs of every kind, and check what became of them.
+    """Run some hundred jobs of every kind, and check how each ended.
 
     Starts servers of its own, and leaves nothing behind.
     """
@@ -153,11 +161,13 @@ def demo() -> int:
 
 
 @cli.command()
-@_task_options
+@_tasks_option
+@_queues_option
 def check(tasks: str | None, queues: str | None) -> int:
-    """Check everything that a start would refuse, without starting.
+    """Check all that a start needs, without starting.
 
-    The exit code is that of the first failure.
+    Checks the settings, the task list, Redis and PostgreSQL. The exit code is that of the first
+    failed check.
     """
     from autoflow_worker.env_files import read_env_files
     from autoflow_worker.operations.check import run_checks
@@ -175,9 +185,9 @@ def check(tasks: str | None, queues: str | None) -> int:
 @click.argument("queue")
 @click.argument("payload", metavar="JSON")
 @click.option("--tasks", metavar="MODULE:ATTRIBUTE", help="The task list, as for start.")
-@click.option("--delay-ms", type=click.IntRange(0, MAX_DELAY_MS), help="Run it that much later.")
-@click.option("--user-id", help="Whose task it is.")
-@click.option("--correlation-id", help="Passed on to the handler. [default: generated]")
+@click.option("--delay-ms", type=click.IntRange(0, MAX_DELAY_MS), help="Delay the job.")
+@click.option("--user-id", help="The user whose task it is.")
+@click.option("--correlation-id", help="An id that the handler gets. [default: generated]")
 def schedule(  # noqa: PLR0917 - click passes them by name
     queue: str,
     payload: str,
@@ -186,17 +196,14 @@ def schedule(  # noqa: PLR0917 - click passes them by name
     user_id: str | None,
     correlation_id: str | None,
 ) -> int:
-    """Add one job to QUEUE, with the JSON object as its payload, and print the task's id.
+    """Add one job to QUEUE, and print its task's id.
 
-    A dash in place of the JSON reads it from stdin.
+    The payload is the JSON object; `-` reads it from stdin.
     """
-    from autoflow_worker.env_files import read_env_files
     from autoflow_worker.scheduling.scheduler import TaskScheduler
-    from autoflow_worker.settings import Settings
     from autoflow_worker.tasks.loader import load_tasks
 
-    read_env_files()
-    settings = Settings.load(tasks_config=tasks)
+    settings = _load_settings(tasks_config=tasks)
     [task] = load_tasks(settings.tasks_config, [queue])
     data = _json_object(payload)
     configure_logging("error")
@@ -217,7 +224,7 @@ def schedule(  # noqa: PLR0917 - click passes them by name
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        # As bytes: the locale says what a text stream makes of bytes that are not UTF-8.
+        # Read bytes: a text stream's decoding depends on the locale.
         value = json.loads(sys.stdin.buffer.read() if text == "-" and sys.stdin else text)
     except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"not JSON: {error}", param_hint="JSON") from None
@@ -228,61 +235,52 @@ def _json_object(text: str) -> dict[str, Any]:
 
 @cli.command("init-db")
 def init_db() -> int:
-    """Create the tasks table and its indexes in DATABASE_URL where they are missing.
+    """Create the tasks table if it is missing.
 
-    In production the API's migrations do this. What is there is not changed.
+    Creates its indexes too, and changes nothing that exists. In production, the API's migrations
+    create the table.
     """
-    from autoflow_worker.env_files import read_env_files
     from autoflow_worker.recording import table
-    from autoflow_worker.settings import Settings
 
-    read_env_files()
-    settings = Settings.load(needs={"database_url"})
+    settings = _load_settings(needs={"database_url"})
     run_async(table.init_db(settings.database_url.get_secret_value()))
-    click.echo("the tasks table is there")
+    click.echo("the tasks table exists")
     return 0
 
 
 @cli.command()
-@click.option("--fix", is_flag=True, help="Do what is said of each row; else it is only said.")
+@click.option("--fix", is_flag=True, help="Settle the differences; without it, only list them.")
 @click.option(
     "--lost",
     type=click.Choice(["fail", "requeue"]),
-    help="Rows whose job is gone from Redis: set them failed, or add their jobs again.",
+    help="What to do if a row's job is gone from Redis: set the row failed, or add the job again.",
 )
 def reconcile(fix: bool, lost: "Lost | None") -> int:
-    """Compare the rows that are not finished with their jobs in BullMQ.
+    """Compare unfinished rows with their jobs in BullMQ.
 
-    A row gets what BullMQ knows of its job. A task that the API retried while BullMQ still kept its
-    failed job is retried in BullMQ. A row whose job is gone is left alone without --lost. The exit
-    code is 5 if differences are left, and 0 if there is nothing left to do.
+    With --fix, each row gets the state of its job; and a task that the API retried while BullMQ
+    still kept its failed job is retried in BullMQ. Without --lost, a row whose job is gone is left
+    alone. The exit code is 5 if differences are left, else 0.
     """
     from autoflow_worker.broker.client import PipelinedRedis
-    from autoflow_worker.env_files import read_env_files
     from autoflow_worker.operations.reconcile import reconcile as compare
     from autoflow_worker.operations.reconcile_report import HEADER, Summary, line
-    from autoflow_worker.settings import Settings
 
-    read_env_files()
-    settings = Settings.load(needs={"redis_url", "database_url"})
+    settings = _load_settings(needs={"redis_url", "database_url"})
     configure_logging("error")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     summary = Summary()
 
     async def run() -> None:
-        redis = PipelinedRedis(settings.redis_url.get_secret_value())
-        try:
+        database_url, prefix = settings.database_url.get_secret_value(), settings.bullmq_prefix
+        async with aclosing(PipelinedRedis(settings.redis_url.get_secret_value())) as redis:
             await redis.open(settings.worker_startup_timeout)
-            database_url = settings.database_url.get_secret_value()
-            prefix = settings.bullmq_prefix
             async with aclosing(compare(redis, database_url, prefix, fix=fix, lost=lost)) as found:
                 async for difference in found:
                     if not summary:
                         click.echo(HEADER)
                     summary.add(difference)
                     click.echo(line(difference, width))
-        finally:
-            await redis.aclose()
 
     run_async(run())
     click.echo(summary)
@@ -296,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _result(argv: Sequence[str] | None) -> tuple[int, str | None]:
-    """The exit code, and what is to be told of an error."""
+    """Run a command; return its exit code, and a message if it failed."""
     try:
         code = cli.main(args=argv, prog_name="autoflow-worker", standalone_mode=False)
     except WorkerError as error:
@@ -311,7 +309,7 @@ def _result(argv: Sequence[str] | None) -> tuple[int, str | None]:
 
 
 def _accident(error: BaseException) -> str:
-    """What is to be told of an error that nobody raises on purpose."""
+    """Describe an error that this package does not raise on purpose."""
     if isinstance(error, SystemExit):
         return f"foreign code called sys.exit({error.code!r}), outside of any job"
     if isinstance(error, ImportError) and (mismatch := mismatch_of_import(error)):
@@ -320,7 +318,7 @@ def _accident(error: BaseException) -> str:
 
 
 def _usage(error: click.ClickException) -> str:
-    """What click prints of wrong words on the command line."""
-    words = io.StringIO()
-    error.show(words)
-    return words.getvalue().rstrip()
+    """Return what click prints about a wrong command line."""
+    text = io.StringIO()
+    error.show(text)
+    return text.getvalue().rstrip()
