@@ -21,7 +21,7 @@ from tests.support.database import (
     create_database,
     reset_database,
 )
-from tests.support.node import Node
+from tests.support.node import Node, NodeProcess
 from tests.support.process import WorkerStarter
 from tests.support.running import RunWorker, running
 from tests.support.servers import OwnServer, own_postgres_server, own_redis_server
@@ -214,24 +214,33 @@ async def worker_process(
     await starter.close()
 
 
+@pytest.fixture(scope="session")
+def node_process() -> Iterator[NodeProcess]:
+    """The Node process that serves this worker's tests: starting one for each takes long."""
+    with NodeProcess() as process:
+        yield process
+
+
 @pytest.fixture
-async def node5(redis_url: str, prefix: str) -> AsyncIterator[Node]:
-    """A Node process with BullMQ 5.65, on the shared Redis server and the test's prefix."""
-    async with Node(5, redis_url, prefix) as node:
+async def node5(redis_url: str, prefix: str, node_process: NodeProcess) -> AsyncIterator[Node]:
+    """BullMQ 5.65 in Node, on the shared Redis server and the test's prefix."""
+    async with Node(5, redis_url, prefix, process=node_process) as node:
         yield node
 
 
 @pytest.fixture
-async def node6(redis_url: str, prefix: str) -> AsyncIterator[Node]:
-    """A Node process with BullMQ 6.7, on the shared Redis server and the test's prefix."""
-    async with Node(6, redis_url, prefix) as node:
+async def node6(redis_url: str, prefix: str, node_process: NodeProcess) -> AsyncIterator[Node]:
+    """BullMQ 6.7 in Node, on the shared Redis server and the test's prefix."""
+    async with Node(6, redis_url, prefix, process=node_process) as node:
         yield node
 
 
 @pytest.fixture(params=[5, 6], ids=["node5", "node6"])
-async def node(request: pytest.FixtureRequest, redis_url: str, prefix: str) -> AsyncIterator[Node]:
+async def node(
+    request: pytest.FixtureRequest, redis_url: str, prefix: str, node_process: NodeProcess
+) -> AsyncIterator[Node]:
     """As `node5` and `node6`: the test runs once with each."""
-    async with Node(request.param, redis_url, prefix) as node:
+    async with Node(request.param, redis_url, prefix, process=node_process) as node:
         yield node
 
 

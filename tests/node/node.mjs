@@ -1,39 +1,18 @@
-// A Node process for the tests, as the API is one: it takes commands, one JSON object a line, and answers each.
+// A Node process for the tests, as the API is one. It listens on a Unix socket; each connection is a session with its own
+// version of BullMQ, Redis and prefix. A session takes commands, one JSON object per line, and answers each.
 //
-//   node node.mjs 5|6 REDIS_URL PREFIX
+//   node node.mjs SOCKET                          ->  "listening" on stdout
+//   {"version": 5, "url": "redis://...", "prefix": "bull"}, a session's first line
 //   {"id": 1, "do": "add", "queue": "mail", ...}  ->  {"id": 1, "result": ...} or {"id": 1, "error": "..."}
 //   events that were asked for                    ->  {"queue": "mail", "event": "completed", "args": {...}}
+//
+// At the end of a session its queues and workers are closed. The process ends when its stdin does.
 import { createRequire } from 'node:module';
+import { createServer } from 'node:net';
 import { createInterface } from 'node:readline';
 
-const [version, url, prefix] = process.argv.slice(2);
-const { DelayedError, FlowProducer, Queue, QueueEvents, UnrecoverableError, Worker } = createRequire(import.meta.url)(
-  `bullmq${version}`,
-);
-
+const require = createRequire(import.meta.url);
 const PRIORITIES = { critical: 1, high: 2, normal: 3, low: 4 };
-const connection = { url, maxRetriesPerRequest: null };
-const queues = new Map();
-const listeners = [];
-const workers = [];
-let flows;
-
-const print = (line) => process.stdout.write(`${JSON.stringify(line)}\n`);
-
-// Node 5 and later refuse a colon in a queue's name, which older queues have. Queue `a:b` under prefix `p` has the keys
-// of queue `b` under prefix `p:a`.
-function open(Class, name, more) {
-  const parts = name.split(':');
-  const last = parts.pop();
-  const opened = new Class(last, { connection, prefix: [prefix, ...parts].join(':'), ...more });
-  opened.on('error', (error) => process.stderr.write(`${error}\n`));
-  return opened;
-}
-
-function queueOf(name) {
-  if (!queues.has(name)) queues.set(name, open(Queue, name));
-  return queues.get(name);
-}
 
 // What the API passes to BullMQ for a task.
 function asJob({ queue, taskId, payload, correlationId, priority, attempts, delay, backoff, opts }) {
@@ -64,7 +43,7 @@ function plain(value) {
 }
 
 // What a worker does: the step of this run in `data.script`.
-async function act(job, token) {
+async function act({ DelayedError, UnrecoverableError }, job, token) {
   const step = job.data.script[job.attemptsStarted - 1] ?? {};
   if ('progress' in step) await job.updateProgress(step.progress);
   if ('log' in step) await job.log(step.log);
@@ -77,66 +56,112 @@ async function act(job, token) {
   return { success: true, output: step.return ?? null, duration: 0 };
 }
 
-class ScriptedWorker extends Worker {
-  constructor(name, opts) {
-    super(name, act, opts);
-  }
-}
+class Session {
+  #queues = new Map();
+  #opened = [];
 
-const commands = {
+  constructor({ version, url, prefix }, print) {
+    this.bullmq = require(`bullmq${version}`);
+    this.connection = { url, maxRetriesPerRequest: null };
+    this.prefix = prefix;
+    this.print = print;
+  }
+
   async schedule({ queue, jobs }) {
-    const added = await queueOf(queue).addBulk(jobs.map((job) => asJob({ queue, ...job })));
+    const added = await this.#queue(queue).addBulk(jobs.map((job) => asJob({ queue, ...job })));
     return added.map((job) => job.id);
-  },
+  }
+
   async add({ queue, name, data, opts }) {
-    return (await queueOf(queue).add(name, data, opts)).id;
-  },
+    return (await this.#queue(queue).add(name, data, opts)).id;
+  }
+
   // Any method of the queue.
   async queue({ queue, method, args }) {
-    return plain(await queueOf(queue)[method](...args));
-  },
+    return plain(await this.#queue(queue)[method](...args));
+  }
+
   // Any method of one job.
   async job({ queue, jobId, method, args }) {
-    const job = await queueOf(queue).getJob(jobId);
+    const job = await this.#queue(queue).getJob(jobId);
     if (!job) throw new Error(`no job ${jobId} in ${queue}`);
     return plain(await job[method](...args));
-  },
+  }
+
   async flow({ flow }) {
-    flows ??= new FlowProducer({ connection, prefix });
+    const flows = new this.bullmq.FlowProducer({ connection: this.connection, prefix: this.prefix });
+    this.#opened.push(flows);
     return plain(await flows.add(flow));
-  },
+  }
+
   // A worker of Node's own, to compare with.
   async work({ queue, opts }) {
-    workers.push(open(ScriptedWorker, queue, opts));
-    await workers.at(-1).waitUntilReady();
-    return null;
-  },
+    const { bullmq } = this;
+    class ScriptedWorker extends bullmq.Worker {
+      constructor(name, options) {
+        super(name, (job, token) => act(bullmq, job, token), options);
+      }
+    }
+    await this.#open(ScriptedWorker, queue, opts).waitUntilReady();
+  }
+
   async listen({ queue, events }) {
     // From the beginning: the first events may come before the first read.
-    const listener = open(QueueEvents, queue, { lastEventId: '0-0' });
+    const listener = this.#open(this.bullmq.QueueEvents, queue, { lastEventId: '0-0' });
     for (const event of events) {
-      listener.on(event, (args) => print({ queue, event, args }));
+      listener.on(event, (args) => this.print({ queue, event, args }));
     }
-    listeners.push(listener);
     await listener.waitUntilReady();
-    return null;
-  },
-};
+  }
 
-async function answer(line) {
-  const { id, do: command, ...args } = JSON.parse(line);
-  try {
-    print({ id, result: (await commands[command](args)) ?? null });
-  } catch (error) {
-    print({ id, error: String(error?.stack ?? error) });
+  async close() {
+    await Promise.all(this.#opened.map((opened) => opened.close()));
+  }
+
+  #queue(name) {
+    if (!this.#queues.has(name)) this.#queues.set(name, this.#open(this.bullmq.Queue, name));
+    return this.#queues.get(name);
+  }
+
+  // BullMQ refuses a colon in a queue's name, which older queues have. Queue `a:b` under prefix `p` has the keys of
+  // queue `b` under prefix `p:a`.
+  #open(Class, name, more) {
+    const parts = name.split(':');
+    const last = parts.pop();
+    const { connection, prefix } = this;
+    const opened = new Class(last, { connection, prefix: [prefix, ...parts].join(':'), ...more });
+    opened.on('error', (error) => process.stderr.write(`${error}\n`));
+    this.#opened.push(opened);
+    return opened;
   }
 }
 
-const running = new Set();
-for await (const line of createInterface({ input: process.stdin })) {
-  const done = answer(line).finally(() => running.delete(done));
-  running.add(done);
+async function answer(session, line) {
+  const { id, do: command, ...args } = JSON.parse(line);
+  try {
+    session.print({ id, result: (await session[command](args)) ?? null });
+  } catch (error) {
+    session.print({ id, error: String(error?.stack ?? error) });
+  }
 }
-await Promise.all(running);
-await Promise.all([...workers, ...queues.values(), ...listeners, ...(flows ? [flows] : [])].map((c) => c.close()));
-process.exit(0);
+
+async function serve(socket) {
+  socket.on('error', () => {}); // The test has ended without a word.
+  const print = (line) => socket.writable && socket.write(`${JSON.stringify(line)}\n`);
+  const running = new Set();
+  let session;
+  for await (const line of createInterface({ input: socket })) {
+    if (session) {
+      const done = answer(session, line).finally(() => running.delete(done));
+      running.add(done);
+    } else {
+      session = new Session(JSON.parse(line), print);
+    }
+  }
+  await Promise.all(running);
+  await session?.close();
+  socket.end();
+}
+
+createServer({ allowHalfOpen: true }, serve).listen(process.argv[2], () => console.log('listening'));
+process.stdin.resume().on('end', () => process.exit(0));

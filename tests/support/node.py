@@ -1,8 +1,11 @@
-"""A Node process with the real BullMQ: it adds jobs as the API does and sees what the API sees."""
+"""The real BullMQ in Node: it adds jobs as the API does, and sees what the API sees."""
 
 import asyncio
 import itertools
 import json
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,38 +86,93 @@ class Scheduled:
         }
 
 
+class NodeProcess:
+    """A Node process that serves many `Node`s; a context manager. It dies with this process.
+
+    Args:
+        quiet: drop what it prints to stderr.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._stderr = subprocess.DEVNULL if quiet else None
+        self._folder = Path(tempfile.mkdtemp(prefix="node-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        self.socket = self._folder / "socket"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+        shutil.rmtree(self._folder)
+
+    def start(self) -> None:
+        """Start it, unless it runs, and return when it listens."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        assert NODE.exists(), "Node's packages are missing: run `make setup`"
+        self.kill()
+        self._process = subprocess.Popen(
+            [NODE, FOLDER / "node.mjs", self.socket],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"listening\n", "Node did not start"
+
+    def kill(self) -> None:
+        """End it, if it runs."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+        self.socket.unlink(missing_ok=True)
+
+
 class Node:
-    """A Node process with one version of BullMQ; an async context manager.
+    """BullMQ in a Node process; an async context manager.
 
     Args:
         version: 5 (5.65, the API's today) or 6 (6.7).
         redis_url: where the queues are.
         prefix: the queues' key prefix.
-        quiet: drop what it prints to stderr, as during outages that are meant.
+        process: an existing process to share; None starts one.
+        quiet: drop what an own process prints to stderr, as during outages that are meant.
 
     Attributes:
         events: what `listen()` has heard so far.
     """
 
     def __init__(
-        self, version: Literal[5, 6], redis_url: str, prefix: str, *, quiet: bool = False
+        self,
+        version: Literal[5, 6],
+        redis_url: str,
+        prefix: str,
+        *,
+        process: NodeProcess | None = None,
+        quiet: bool = False,
     ) -> None:
-        self._stderr = asyncio.subprocess.DEVNULL if quiet else None
-        self._command = (str(NODE), str(FOLDER / "node.mjs"), str(version), redis_url, prefix)
+        self._session = {"version": version, "url": redis_url, "prefix": prefix}
+        self._own = NodeProcess(quiet=quiet) if process is None else None
+        self._process = process or self._own
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self.events: list[Event] = []
 
     async def __aenter__(self) -> Self:
-        assert NODE.exists(), "Node's packages are missing: run `make setup`"
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=self._stderr,
-            limit=LINE_LIMIT,
+        assert self._process is not None
+        await asyncio.to_thread(self._process.start)
+        self._from_node, self._to_node = await asyncio.open_unix_connection(
+            self._process.socket, limit=LINE_LIMIT
         )
         self._reader = asyncio.create_task(self._read())
+        await self._write(self._session)
         return self
 
     async def __aexit__(
@@ -123,15 +181,18 @@ class Node:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._process.stdin is not None
-        # It closes its connections and ends when its stdin does.
-        self._process.stdin.close()
+        assert self._process is not None
         try:
-            await asyncio.wait_for(self._process.wait(), 5)
-        except TimeoutError:
+            # Node closes the session's queues, and then its side.
+            self._to_node.write_eof()
+            await asyncio.wait_for(asyncio.shield(self._reader), 5)
+        except (TimeoutError, OSError):
             self._process.kill()
-            await self._process.wait()
-        await self._reader
+            await self._reader
+        finally:
+            self._to_node.close()
+            if self._own is not None:
+                self._own.__exit__(None, None, None)
 
     async def schedule(
         self, queue: str, payload: Mapping[str, Any] | None = None, **options: Any
@@ -235,16 +296,15 @@ class Node:
     async def _call(self, command: str, **args: Any) -> Any:
         number = next(self._ids)
         reply = self._waiting[number] = asyncio.get_running_loop().create_future()
-        assert self._process.stdin is not None
-        self._process.stdin.write(
-            json.dumps({"id": number, "do": command, **args}).encode() + b"\n"
-        )
-        await self._process.stdin.drain()
+        await self._write({"id": number, "do": command, **args})
         return await reply
 
+    async def _write(self, message: Json) -> None:
+        self._to_node.write(json.dumps(message).encode() + b"\n")
+        await self._to_node.drain()
+
     async def _read(self) -> None:
-        assert self._process.stdout is not None
-        async for line in self._process.stdout:
+        async for line in self._from_node:
             message = json.loads(line)
             if "event" in message:
                 self.events.append(Event(message["queue"], message["event"], message["args"]))
