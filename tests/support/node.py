@@ -27,6 +27,8 @@ EVENTS = (
     "progress",
     "waiting-children",
 )
+# Options of a job that BullMQ keeps for ever.
+KEEP_ALL = {"removeOnComplete": False, "removeOnFail": False}
 # A line of JSON holds a whole reply.
 LINE_LIMIT = 64 * 1024 * 1024
 

@@ -47,6 +47,19 @@ def end(name: str) -> None:
     part.cancel()
 
 
+async def end_reconnecting(proxy: Proxy) -> None:
+    """Cut the connections to Redis, and cancel what would replace them."""
+
+    def connectors() -> list[asyncio.Task[Any]]:
+        tasks = asyncio.all_tasks()
+        return [task for task in tasks if "Channel._reconnect" in str(task.get_coro())]
+
+    await proxy.refuse()
+    proxy.cut()
+    for connector in await until(connectors):
+        connector.cancel()
+
+
 @pytest.mark.parametrize("part", PARTS)
 async def test_a_part_that_ends_unasked_ends_all(
     run_worker: RunWorker, api: Api, part: str
@@ -75,18 +88,11 @@ async def test_a_part_that_ends_unasked_ends_all(
 async def test_reconnecting_to_redis_that_ends_unasked_ends_all(
     redis_url: str, run_worker: RunWorker
 ) -> None:
-    def connectors() -> list[asyncio.Task[Any]]:
-        tasks = asyncio.all_tasks()
-        return [task for task in tasks if "Channel._reconnect" in str(task.get_coro())]
-
     async with (
         Proxy(redis_url) as proxy,
         run_worker([define_task(QUEUE, handler)], redis_url=proxy.url) as worker,
     ):
-        await proxy.refuse()
-        proxy.cut()
-        for connector in await until(connectors):
-            connector.cancel()
+        await end_reconnecting(proxy)
         death = await worker.death()
     assert str(death) == "the connection to Redis ended unasked: it was cancelled"
 
@@ -156,12 +162,13 @@ async def test_a_part_that_dies_while_draining_ends_the_wait(
     tasks = [define_task(QUEUE, hang, TaskOptions(timeout_ms=None))]
     async with run_worker(tasks, worker_concurrency=2, worker_shutdown_grace=3600.0) as worker:
         await api.until_both_say(QUEUE, task_id, "active")
-        running = next(slot for slot in worker.service.workers[0].slots if waits_for_hang(slot))
-        if part.startswith("slot"):
-            # The other one ends by itself, as it should.
-            part = running.get_name()
+        slots = {task for task in asyncio.all_tasks() if task.get_name().startswith("slot ")}
+        [busy] = [slot for slot in slots if waits_for_hang(slot)]
         worker.stopping.set()
-        await until(lambda: all(part.is_stopping for part in worker.service.workers))
+        # The other one ends by itself, as it should.
+        await asyncio.wait(slots - {busy})
+        if part.startswith("slot"):
+            part = busy.get_name()
         end(part)
         death = await worker.death()
     assert isinstance(death, PartDiedError)
@@ -169,17 +176,13 @@ async def test_a_part_that_dies_while_draining_ends_the_wait(
     assert await api.node.get_state(QUEUE, task_id) == "delayed"
 
 
-def waits_for_hang(slot: asyncio.Task[None]) -> bool:
+def waits_for_hang(slot: asyncio.Task[Any]) -> bool:
     return any(frame.f_code is execute.__code__ for frame in waiting_frames(slot.get_coro()))
 
 
 async def test_reconnecting_to_redis_that_dies_while_draining_ends_the_wait(
     redis_url: str, run_worker: RunWorker, node5: Node, api: Api
 ) -> None:
-    def connectors() -> list[asyncio.Task[Any]]:
-        tasks = asyncio.all_tasks()
-        return [task for task in tasks if "Channel._reconnect" in str(task.get_coro())]
-
     tasks = [define_task(QUEUE, hang, TaskOptions(timeout_ms=None))]
     async with (
         Proxy(redis_url) as proxy,
@@ -188,9 +191,6 @@ async def test_reconnecting_to_redis_that_dies_while_draining_ends_the_wait(
         task_id = await api.schedule(QUEUE)
         await api.until_both_say(QUEUE, task_id, "active")
         worker.stopping.set()
-        await proxy.refuse()
-        proxy.cut()
-        for connector in await until(connectors):
-            connector.cancel()
+        await end_reconnecting(proxy)
         death = await worker.death()
     assert str(death) == "the connection to Redis ended unasked: it was cancelled"
