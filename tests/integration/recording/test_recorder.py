@@ -6,7 +6,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 import orjson
 import psycopg
@@ -23,6 +23,7 @@ from autoflow_worker.recording.statements import (
 )
 from autoflow_worker.recording.write import NewRow, Verdict, Write
 from tests.support.database import Connection, Database, task_data
+from tests.support.postgres_proxy import PostgresProxy
 from tests.support.until import until
 
 QUEUE = "a-queue"
@@ -862,73 +863,25 @@ async def test_rows_are_found_by_primary_key_whatever_the_tables_size(
 
 async def test_giving_up_a_connection_that_hangs_asks_nobody(db: Database) -> None:
     """psycopg itself would connect once more, to have the statement cancelled, and wait for it."""
-    address = urlsplit(db.url)
-    accepted = 0
-    hanging = asyncio.Event()
-
-    async def serve(client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        nonlocal accepted
-        accepted += 1
-        server, to_server = await asyncio.open_connection(address.hostname, address.port)
-        answering = asyncio.create_task(pass_on(server, to_client))
-        while data := await client.read(65_536):
-            if b"lock_timeout" in data:
-                hanging.set()
-            else:
-                to_server.write(data)
-        await cancelled(answering)
-        to_server.close()
-        to_client.close()
-
-    proxy = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = proxy.sockets[0].getsockname()[1]
-    netloc = address.netloc.replace(f":{address.port}", f":{port}")
-    keeper = StatusRecorder(urlunsplit(address._replace(netloc=netloc)))
-    opening = asyncio.create_task(keeper.open(30))
-    await hanging.wait()
-    await cancelled(opening)
-    await keeper.close(1)
-    proxy.close()
-    assert accepted == 1
+    async with PostgresProxy(db.url, lose=b"lock_timeout") as proxy:
+        keeper = StatusRecorder(proxy.url)
+        opening = asyncio.create_task(keeper.open(30))
+        await proxy.lost.wait()
+        opening.cancel()
+        await asyncio.wait({opening})
+        await keeper.close(1)
+    assert proxy.accepted == 1
 
 
 async def test_a_connection_that_ends_with_an_error_is_used_no_more(db: Database) -> None:
     """The error may be one that a single row is to blame for; the next statement must not be."""
-    address = urlsplit(db.url)
-    ready = b"Z\x00\x00\x00\x05I"
-
-    async def serve(client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        server, to_server = await asyncio.open_connection(address.hostname, address.port)
-        asking = asyncio.create_task(pass_on(client, to_server))
-        while data := await server.read(65_536):
-            if b"C22012" in data:  # division by zero
-                to_client.write(data.removesuffix(ready))
-                break
-            to_client.write(data)
-        to_client.close()
-        await cancelled(asking)
-        to_server.close()
-
-    proxy = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = proxy.sockets[0].getsockname()[1]
-    netloc = address.netloc.replace(f":{address.port}", f":{port}")
-    keeper = StatusRecorder(urlunsplit(address._replace(netloc=netloc)))
-    await keeper.open(30)
-    link = await keeper._lanes[0].link()
-    with pytest.raises(psycopg.errors.DivisionByZero):
-        await link.execute("SELECT 1 / 0")
-    with pytest.raises(psycopg.OperationalError) as lost:
-        await link.execute("SELECT 1")
-    assert lost.value.sqlstate is None
-    await keeper.close(1)
-    proxy.close()
-
-
-async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65_536):
-        writer.write(data)
-
-
-async def cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait({task})
+    async with PostgresProxy(db.url, end_after=b"C22012") as proxy:  # division by zero
+        keeper = StatusRecorder(proxy.url)
+        await keeper.open(30)
+        link = await keeper._lanes[0].link()
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            await link.execute("SELECT 1 / 0")
+        with pytest.raises(psycopg.OperationalError) as lost:
+            await link.execute("SELECT 1")
+        assert lost.value.sqlstate is None
+        await keeper.close(1)
