@@ -52,6 +52,8 @@ start-worker: $(INSTALLED) ## run the worker as in production: needs REDIS_URL, 
 init-db: $(INSTALLED) ## create the tasks table in DATABASE_URL if it is missing
 	$(BIN)/autoflow-worker init-db
 
+# The tests start some 200 worker processes; compiling the source in each would take half a minute.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(INSTALLED) $(NODE_INSTALLED) ## run the tests (TESTS=tests/unit, TEST_JOBS=4)
 	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist worksteal $(TESTS)
 

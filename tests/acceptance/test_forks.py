@@ -1,7 +1,6 @@
 """Handlers that start processes: a child answers for itself, and leaves its parent alone."""
 
 import psutil
-import pytest
 
 from tests.support.api import Api
 from tests.support.process import WorkerProcess, WorkerStarter
@@ -151,29 +150,22 @@ async def goes_on_and_stops(api: Api, worker: WorkerProcess) -> None:
     await until(lambda: not any(child.is_running() for child in family))
 
 
-@pytest.mark.parametrize(
-    ("queue", "expected"),
-    [
-        ("processes", [-15, -15, -15]),
-        ("processes_on_the_loop", [-15, -15, -15]),
-        ("interrupted", -10),
-        ("pool", [1, 2, 4, 8, 16, 32, 64, 128]),
-        ("programs", [-15, -15]),
-        ("loop_in_a_child", [[0, 1, 2], 0]),
-    ],
-)
-async def test_a_signal_to_a_child_is_the_childs(
-    worker_process: WorkerStarter, api: Api, queue: str, expected: object
-) -> None:
+async def test_a_signal_to_a_child_is_the_childs(worker_process: WorkerStarter, api: Api) -> None:
     worker = worker_process(TASKS, WORKER_SHUTDOWN_GRACE="600")
     await worker.until_logged("worker_started")
-    assert await output(api, worker, queue) == expected
+    assert await output(api, worker, "processes") == [-15, -15, -15]
+    assert await output(api, worker, "processes_on_the_loop") == [-15, -15, -15]
+    assert await output(api, worker, "interrupted") == -10
+    assert await output(api, worker, "pool") == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert await output(api, worker, "programs") == [-15, -15]
+    assert await output(api, worker, "loop_in_a_child") == [[0, 1, 2], 0]
     await goes_on_and_stops(api, worker)
 
 
-@pytest.mark.parametrize(
-    "queue",
-    [
+async def test_a_child_that_comes_back_ends(worker_process: WorkerStarter, api: Api) -> None:
+    worker = worker_process(TASKS, WORKER_SHUTDOWN_GRACE="600")
+    await worker.until_logged("worker_started")
+    ways = [
         "returns",
         "awaits",
         "forks_in_a_task",
@@ -181,17 +173,12 @@ async def test_a_signal_to_a_child_is_the_childs(
         "returns_in_a_thread",
         "forks_in_an_executor",
         "forks_in_a_callback",
-    ],
-)
-async def test_a_child_that_comes_back_ends(
-    worker_process: WorkerStarter, api: Api, queue: str
-) -> None:
-    worker = worker_process(TASKS, WORKER_SHUTDOWN_GRACE="600")
-    await worker.until_logged("worker_started")
-    assert await output(api, worker, queue) == 1
-    assert worker.stderr.count("its code came back into the worker") == 1
+    ]
+    for count, way in enumerate(ways, 1):
+        assert await output(api, worker, way) == 1, way
+        assert worker.stderr.count("its code came back into the worker") == count, way
     await goes_on_and_stops(api, worker)
-    # Nothing of its neighbours ran in the child.
+    # Nothing of its neighbours ran in a child.
     lines = (worker.folder.parent / "neighbour").read_text().split()
     assert set(lines) == {str(worker.pid)}
 

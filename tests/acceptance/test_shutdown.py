@@ -52,6 +52,10 @@ async def running_job(
     return task_id
 
 
+async def until_printed(worker: WorkerProcess, words: str) -> None:
+    await until(lambda: words in worker.stdout, message=worker.report)
+
+
 async def is_handed_back(api: Api, queue: str, task_id: str) -> bool:
     """Whether row and job are as if it had not been run: no attempt and no stall is used up."""
     job = await api.node.get_job(queue, task_id)
@@ -64,20 +68,20 @@ async def is_handed_back(api: Api, queue: str, task_id: str) -> bool:
     ) == ("pending", "delayed", 0, 0)
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-async def test_an_idle_worker_stops_at_once(
-    worker_process: WorkerStarter, api: Api, sig: signal.Signals
-) -> None:
+async def test_an_idle_worker_stops_at_once(worker_process: WorkerStarter, api: Api) -> None:
     worker = worker_process(TASKS, **GRACE)
     await worker.until_logged("worker_started")
-    worker.send(sig)
+    worker.terminate()
     assert await worker.wait() == 0, worker.report()
     assert worker.stderr == ""
     # It leaves the queue to the next one.
     task_id = await api.schedule(QUEUE, {"seconds": 0})
     assert await api.node.get_workers(QUEUE) == []
-    worker_process()
+    worker = worker_process(**GRACE)
     await api.until_both_say(QUEUE, task_id, "completed")
+    worker.send(signal.SIGINT)
+    assert await worker.wait() == 0, worker.report()
+    assert worker.stderr == ""
 
 
 async def test_what_runs_is_finished_and_what_waits_is_left(
@@ -92,20 +96,21 @@ async def test_what_runs_is_finished_and_what_waits_is_left(
     await api.until_both_say(QUEUE, waiting, "pending")
 
 
-@pytest.mark.parametrize(
-    ("queue", "how"),
-    [(QUEUE, "asleep"), (QUEUE, "stubborn"), ("threads", "asleep")],
-    ids=["async", "swallows its cancellation", "in a thread"],
-)
-async def test_at_the_deadline_the_job_is_handed_back(
-    worker_process: WorkerStarter, api: Api, queue: str, how: str
+async def test_at_the_deadline_jobs_are_handed_back(
+    worker_process: WorkerStarter, api: Api
 ) -> None:
-    worker = worker_process(TASKS, WORKER_SHUTDOWN_GRACE="0.2")
-    task_id = await running_job(api, worker, LONG, queue, how)
+    """One that is cancelled, one that swallows its cancellation, and one in a thread."""
+    worker = worker_process(TASKS, WORKER_SHUTDOWN_GRACE="0.2", WORKER_CONCURRENCY="2")
+    jobs = [
+        (queue, await running_job(api, worker, LONG, queue, how))
+        for queue, how in ((QUEUE, "asleep"), (QUEUE, "stubborn"), ("threads", "asleep"))
+    ]
     worker.terminate()
     assert await worker.wait() == 4, worker.report()
-    assert await is_handed_back(api, queue, task_id)
-    assert worker.logged("job_handed_back")
+    for queue, task_id in jobs:
+        assert await is_handed_back(api, queue, task_id)
+    handed_back = {entry["task_id"] for entry in worker.logged("job_handed_back")}
+    assert handed_back == {task_id for _, task_id in jobs}
 
 
 async def test_the_next_worker_runs_a_job_that_was_handed_back(
@@ -122,18 +127,17 @@ async def test_the_next_worker_runs_a_job_that_was_handed_back(
     assert "attempt 1" in second.stdout
 
 
-@pytest.mark.parametrize("sig", [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("last", [signal.SIGHUP, signal.SIGQUIT])
 async def test_no_signal_cuts_a_job_off(
-    worker_process: WorkerStarter, api: Api, sig: signal.Signals
+    worker_process: WorkerStarter, api: Api, last: signal.Signals
 ) -> None:
     worker = worker_process(TASKS, **GRACE)
-    task_id = await running_job(api, worker, 1)
-    worker.send(sig)
-    await until(lambda: sig.name in worker.stdout, message=worker.report)
-    await api.until_both_say(QUEUE, task_id, "completed")
-    if sig in (signal.SIGUSR1, signal.SIGUSR2):
-        assert worker.running
-        worker.terminate()
+    for sig in (signal.SIGUSR1, signal.SIGUSR2, last):
+        assert worker.running, worker.report()
+        task_id = await running_job(api, worker, 1)
+        worker.send(sig)
+        await until_printed(worker, sig.name)
+        await api.until_both_say(QUEUE, task_id, "completed")
     assert await worker.wait() == 0, worker.report()
 
 
