@@ -11,7 +11,7 @@ import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from autoflow_worker.broker import job_queue
+from autoflow_worker.broker import marker
 from autoflow_worker.broker.channel import Channel
 from tests.support.process import WorkerStarter
 from tests.support.redis_scene import (
@@ -149,7 +149,7 @@ async def test_a_half_open_connection_costs_only_time(
 ) -> None:
     """The server's machine is gone without a word; another one has its address."""
     monkeypatch.setattr(Channel.execute, "__kwdefaults__", {"patience": 1.0})
-    monkeypatch.setattr(job_queue, "REPLY_PATIENCE", 1.0)
+    monkeypatch.setattr(marker, "REPLY_PATIENCE", 1.0)
     scene.worker_options = {"drainDelay": 0.5}
     async with scene.work():
         await scene.add("held", payload={"held": True})
