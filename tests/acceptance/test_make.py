@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -129,3 +130,14 @@ async def test_dev_worker_finds_a_list_that_only_an_env_file_names(
     write_tasks(tmp_path / "one.py", "one")
     (tmp_path / ".env").write_text("export TASKS_CONFIG=one:tasks\n")
     assert "['one']" in await started_line("dev-worker")
+
+
+async def test_start_worker_runs_the_examples_only_if_asked(
+    started_line: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match="no module 'tasks_config'") as refused:
+        await started_line("start-worker")
+    [way_out] = re.findall(r"Try the examples: make (.+)", str(refused.value))
+    line = await started_line(*way_out.split())
+    for task in example_tasks():
+        assert task.queue_name in line
