@@ -72,7 +72,7 @@ async def test_the_first_screen(worker_process: WorkerStarter, folder: Path) -> 
     _, command = next(commands(block_with("autoflow-worker dev\n")))
     dev = worker_process(command=command, **unset)
     await dev.until_logged("worker_started")
-    exports = re.findall(r"^ +(export .+)$", dev.stderr, re.MULTILINE)
+    exports = re.findall(r"\bexport [A-Z_]+=\S+", dev.stderr)
     [promised] = blocks("json")
     task_id = await shell("\n".join([*exports, block_with(FIRST_JOB)]), folder)
     database_url = await shell("\n".join([*exports, 'echo "$DATABASE_URL"']), folder)
