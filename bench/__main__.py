@@ -86,7 +86,7 @@ def _machine() -> dict[str, object]:
 
 
 def _save(out: Path, results: Results) -> None:
-    """Write what there is by now, beside what the folder has of other sections."""
+    """Write the results so far, and keep what the folder has of other sections."""
     out.mkdir(parents=True, exist_ok=True)
     saved = out / "results.json"
     everything = Results({})

@@ -1,4 +1,4 @@
-"""Who is measured, and how each is started on a queue."""
+"""The worker programs that are measured, and how each is started."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""How fast somebody empties a queue, seen from outside: the same for every contestant."""
+"""Measure from outside how fast a contestant empties a queue."""
 
 import time
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from bench.process import Measured
 from bench.servers import Servers
 
 LIMIT = 120.0
-"""Seconds in which something has to happen."""
+"""Seconds after which a wait fails."""
 
 
 @dataclass(frozen=True)
 class Drain:
-    """How it went, once everything ran.
+    """The result of one measurement.
 
     Attributes:
         rate: jobs per second.
-        redis_us: microseconds of Redis's CPU for each job.
-        worker_us: of the worker's, all processes together.
-        postgres_us: of PostgreSQL's.
+        redis_us: microseconds of Redis' CPU time per job.
+        worker_us: the same of all the worker's processes.
+        postgres_us: the same of PostgreSQL.
     """
 
     rate: float
@@ -32,7 +32,7 @@ class Drain:
 
     @property
     def redis_load(self) -> float:
-        """How much of its one core Redis was busy."""
+        """The part of one core that Redis used."""
         return self.rate * self.redis_us / 1e6
 
 
@@ -47,7 +47,7 @@ def drain(
     processes: int = 1,
     payload: dict[str, Any] | None = None,
 ) -> Drain:
-    """Fill the queues, let them be emptied, and time it.
+    """Fill the queues, and time how the contestant empties them.
 
     Args:
         jobs: in each queue.
@@ -69,11 +69,11 @@ def timed(
     queues: Sequence[str] = ("q",),
     processes: int = 1,
 ) -> Drain:
-    """Start the contestant on what waits in the queues, and time it once everything runs."""
+    """Start the contestant on the filled queues, and time it once all its processes work."""
     total = servers.jobs_left(queues)
     with ExitStack() as stack:
         workers = [contestant.start(servers, queues, concurrency, stack) for _ in range(processes)]
-        # Of several processes, the first is well under way when the last one begins.
+        # The first of several processes works long before the last one has started.
         warm = total - (min(total // 20, 2_000) if processes == 1 else total // 3)
         first = until_left(servers, queues, workers, warm, LIMIT)
         began, before = time.perf_counter(), _cpu(servers, workers)
@@ -92,8 +92,8 @@ def until_left(
     goal: int,
     seconds: float,
 ) -> int:
-    """Wait until no more than so many jobs are left, or the time is over; how many are left."""
-    # Asking costs Redis little, and must cost the machine little too.
+    """Wait until at most that many jobs are left or the time is over; return how many are left."""
+    # Poll rarely, because polling takes CPU time from the contestant.
     pause = 0.02 * max(1, len(queues) / 20)
     deadline = time.perf_counter() + seconds
     while (left := servers.jobs_left(queues)) > goal and time.perf_counter() < deadline:

@@ -1,4 +1,4 @@
-"""What is asked of the worker, and whether this run shows it."""
+"""The worker's goals, and whether this run reaches them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Goal:
 
 
 def goals(results: Results) -> list[Goal]:
-    """Those of the sections that were measured."""
+    """Return the goals of the sections that were measured."""
     return [goal for make in (_ratios, _limits) for goal in make(results)]
 
 
@@ -76,7 +76,7 @@ def _ratios(results: Results) -> list[Goal]:
 def _limits(results: Results) -> list[Goal]:
     idle, memory = results.get("idle"), results.get("memory")
     flat = results.get("flat_memory").cells.get(OURS.name, {})
-    # The first portion fills caches and arenas.
+    # Leave out the first portion, which fills caches and arenas.
     sizes = [values[0] for values in flat.values()][1:]
     growth = sizes[-1] - sizes[0] if sizes else None
     limit: Callable[[str, float, float | None, str], Goal | None]

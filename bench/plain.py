@@ -1,4 +1,4 @@
-"""The official `bullmq.Worker` as it comes.
+"""The official `bullmq.Worker`, unchanged.
 
 `python -m bench.plain URL PREFIX QUEUE CONCURRENCY [--uvloop]`
 """

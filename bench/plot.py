@@ -1,4 +1,4 @@
-"""Throughput against concurrency, as an SVG written by hand."""
+"""Draw throughput against concurrency as an SVG."""
 
 from collections.abc import Iterator
 from math import log10

@@ -1,4 +1,4 @@
-"""A measured process: started, watched, and never left behind."""
+"""Start, measure and kill a contestant's process."""
 
 import subprocess
 import tempfile
@@ -12,7 +12,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 
-# Kills the process when this one ends without having said a word.
+# Kills the process when this one is killed.
 _REAPER = 'read -r _ || kill -KILL "$1" 2>/dev/null'
 
 
@@ -56,7 +56,7 @@ class Measured:
         self._output.close()
 
     def check(self) -> None:
-        """Raise if it has ended: nobody asked it to."""
+        """Raise if the process has ended by itself."""
         if self._process.poll() is not None:
             self._output.seek(0)
             tail = self._output.read().decode(errors="replace")[-2000:]

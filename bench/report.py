@@ -1,4 +1,4 @@
-"""Results as text: Markdown tables, which a terminal shows well enough."""
+"""The results as Markdown tables."""
 
 from collections.abc import Iterable, Sequence
 from statistics import median

@@ -1,4 +1,4 @@
-"""What was measured: tables of medians and spreads."""
+"""Tables of medians and spreads."""
 
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -50,15 +50,15 @@ class Results:
         self._run = run
 
     def table(self, name: str, title: str, unit: str, baseline: str | None = None) -> Table:
-        """The table of this name; a new one, if need be."""
+        """Return the table of this name; make it if there is none."""
         return self.tables.setdefault(name, Table(title, unit, baseline, run=self._run))
 
     def get(self, name: str) -> Table:
-        """The table of this name; an empty one if its section was not measured."""
+        """Return the table of this name; an empty one if its section was not measured."""
         return self.tables.get(name) or Table("", "")
 
     def fill_up(self, earlier: dict[str, Any]) -> None:
-        """Add the tables of an earlier run, as `as_json` made them, that this one has not."""
+        """Add those tables of an earlier run, in `as_json`'s form, that this run lacks."""
         for name, table in earlier.items():
             self.tables.setdefault(name, Table(**table))
 

@@ -1,4 +1,4 @@
-"""The servers that everybody is measured on, and the jobs and rows in them."""
+"""The servers that all contestants use, and the jobs and rows in them."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from bench.process import ROOT, cpu_seconds
 PREFIX = "bench"
 _SCHEMA = files("autoflow_worker.recording").joinpath("schema.sql").read_text()
 
-# The rows of jobs `first` to `last` of a queue, as the API inserts them before it enqueues.
+# Insert the rows of a queue's jobs `first` to `last`, as the API does before it enqueues.
 _ROWS = """
 INSERT INTO tasks (id, data)
 SELECT left(md5(%(queue)s || '-' || i), 21), jsonb_build_object(
@@ -31,7 +31,7 @@ FROM generate_series(%(first)s::bigint, %(last)s::bigint) AS i
 
 
 class Servers:
-    """Valkey and PostgreSQL with their own settings, fsync and all, on an own disk.
+    """Valkey and PostgreSQL with their default settings, fsync included, on a disk of their own.
 
     Attributes:
         redis: a client.
@@ -52,14 +52,14 @@ class Servers:
         self.redis.close()
 
     def reset(self) -> None:
-        """No jobs, no rows, and no old writes that the disk still has to take."""
+        """Remove all jobs and rows, and flush what was written."""
         self.redis.flushall()
         self.database.execute("DROP TABLE IF EXISTS tasks")
         self.database.execute(_SCHEMA)
         self.database.execute("CHECKPOINT")
 
     def add_jobs(self, queues: Sequence[str], count: int, **more: Any) -> None:
-        """Add jobs as the API does, and return when they are there; see node/add.mjs."""
+        """Add jobs as the API does (see node/add.mjs), and return when Redis has them."""
         adding = self.start_adding(queues, count, **more)
         if adding.wait():
             raise RuntimeError("Node could not add the jobs")
@@ -67,7 +67,7 @@ class Servers:
     def start_adding(
         self, queues: Sequence[str], count: int, **more: Any
     ) -> subprocess.Popen[bytes]:
-        """Add jobs by a process that goes on by itself."""
+        """Start a process that adds jobs, and return at once."""
         command = [ROOT / "tests/node/node_modules/.node", ROOT / "bench/node/add.mjs"]
         adding = subprocess.Popen([*command, self.redis_url, PREFIX], stdin=subprocess.PIPE)
         assert adding.stdin is not None
@@ -83,16 +83,16 @@ class Servers:
         first: int = 0,
         payload: Mapping[str, Any] | None = None,
     ) -> None:
-        """Insert the rows of as many jobs."""
+        """Insert the rows of that many jobs."""
         text = json.dumps(payload or {})
         for queue in queues:
             values = {"queue": queue, "first": first, "last": first + count - 1, "payload": text}
             self.database.execute(_ROWS, values)
-        # Or PostgreSQL does so by itself, in the middle of somebody's measurement.
+        # Otherwise autovacuum does so in the middle of a measurement.
         self.database.execute("VACUUM ANALYZE tasks")
 
     def jobs_left(self, queues: Sequence[str]) -> int:
-        """How many jobs wait or run."""
+        """Return how many jobs wait or run."""
         pipeline = self.redis.pipeline(transaction=False)
         for queue in queues:
             pipeline.llen(f"{PREFIX}:{queue}:wait")

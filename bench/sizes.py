@@ -1,11 +1,11 @@
-"""How much is measured."""
+"""The number of jobs, rounds and rows of a run."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """All sizes of one run.
+    """The sizes of one run.
 
     Attributes:
         jobs: in a queue whose throughput is measured.

@@ -9,7 +9,7 @@ from autoflow_worker import TaskContext, define_task
 
 
 async def handle(payload: dict[str, Any], _ctx: TaskContext) -> dict[str, Any]:
-    """No work; or a word on when it ran, or a failure, if the payload asks for it."""
+    """Do nothing; if the payload asks for it, tell the time, or fail."""
     if "fail" in payload:
         raise ValueError("as it was told")
     if "sleep" in payload:

@@ -23,7 +23,7 @@ class NoRecorder(StatusRecorder):
 
 
 class NoHistory:
-    """Takes everything for written."""
+    """Treats every outcome as written."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass

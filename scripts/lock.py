@@ -19,7 +19,7 @@ OPTIONS = (
     "--generate-hashes",
     "--no-header",
     "--no-annotate",
-    # An index is the installer's own choice.
+    # Each installation chooses its own index.
     "--no-emit-index-url",
     "--no-emit-find-links",
     "--quiet",
@@ -33,14 +33,14 @@ def main() -> int:
     for name, requirements in lists(described).items():
         options = [*OPTIONS, f"--python-version={oldest}", *sys.argv[1:]]
         if name != "dev":
-            # One version of a package everywhere.
+            # All lock files have the same version of a package.
             options.append(f"--constraints={FOLDER / 'dev.lock'}")
         _compile(FOLDER / f"{name}.lock", requirements, options)
     return 0
 
 
 def lists(described: dict[str, Any]) -> dict[str, list[str]]:
-    """What each lock file is made from, by its name; `dev` comes first.
+    """Return each lock file's requirements by its name; `dev` comes first.
 
     Args:
         described: what pyproject.toml holds.

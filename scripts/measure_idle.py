@@ -1,4 +1,4 @@
-"""How fast an idle worker wakes, how late delayed jobs are, and what being idle costs.
+"""Measure how fast an idle worker wakes, how late delayed jobs start, and what being idle costs.
 
     .venv/bin/python -m scripts.measure_idle
 
@@ -106,7 +106,7 @@ class Contestant:
         await self.redis.aclose()
 
     async def started_at(self, queue: str, job_id: str, *, allow: float = 60) -> float:
-        """When the handler was started, in epoch ms."""
+        """Return when the handler started, in epoch ms."""
         deadline = time.monotonic() + allow
         while time.monotonic() < deadline:
             if value := await self.redis.hget(f"bull:{queue}:{job_id}", "returnvalue"):
@@ -115,7 +115,7 @@ class Contestant:
         raise TimeoutError(f"{job_id} of {queue} did not run")
 
     async def lateness_after(self, queue: str, seconds: float) -> float:
-        """Run a job, be idle for so long, add another: ms until its handler starts."""
+        """Run a job, stay idle, add another; return the ms until its handler starts."""
         producer = Queue(queue, {"connection": self.url})
         await producer.add(queue, {}, {"jobId": "first"})
         await self.started_at(queue, "first")
@@ -127,7 +127,7 @@ class Contestant:
         return late
 
     async def lateness_of_timed(self) -> tuple[list[float], list[float]]:
-        """How late delayed jobs start, and attempts after a backoff, in ms."""
+        """Return how many ms late delayed jobs start, and attempts after a backoff."""
         draw = random.Random(1)
         producer = Queue(TIMED, {"connection": self.url})
         delayed = []
@@ -146,7 +146,7 @@ class Contestant:
         return late, retried
 
     async def _due_times(self, names: Sequence[str]) -> dict[str, float]:
-        """When each is due, from the queue's events: they are not delayed for long."""
+        """Return when each job is due; only the queue's events still say so afterwards."""
         found: dict[str, float] = {}
         last = "0-1"
         while len(found) < len(names):
@@ -159,13 +159,13 @@ class Contestant:
         return found
 
     async def until_idle(self) -> None:
-        """Wait until the worker has read in vain, and count commands from then on."""
+        """Wait until the worker's read has timed out, and count commands from then on."""
         while await self._calls("bzpopmin") < 2:  # noqa: ASYNC110 - another process's doing
             await asyncio.sleep(0.1)
         await self.redis.config_resetstat()
 
     async def commands(self) -> int:
-        """How many have come from the worker, not counting what scripts call."""
+        """Return how many commands the worker has sent, without those that scripts call."""
         return await self._calls("bzpopmin", "evalsha", "client|unblock", "ping")
 
     async def _calls(self, *names: str) -> int:

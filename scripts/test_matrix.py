@@ -15,7 +15,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 VERSIONS = tuple(f"3.{minor}" for minor in range(11, 15))
 
-# Debian's Python may lack ensurepip, and pyenv's shims answer only for the version that is chosen.
+# Debian's Python may lack ensurepip, and pyenv's shims run only the chosen version.
 _PROBE = "import ensurepip, json, ssl, sys; print(json.dumps([sys.executable, sys.version_info]))"
 
 
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def pythons() -> dict[str, Path]:
-    """One Python of each version that is here and can make a virtual environment."""
+    """Return one Python of each installed version that can make a virtual environment."""
     found: dict[str, Path] = {}
     for candidate in _candidates():
         done = subprocess.run(

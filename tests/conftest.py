@@ -31,7 +31,7 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def nothing_forgotten(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Fail a test in which asyncio met an exception that nobody asked for."""
+    """Fail a test in which asyncio logs an exception that was never retrieved."""
     yield
     complaints = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio"]
     assert not complaints, "\n".join(complaints)
@@ -39,7 +39,7 @@ def nothing_forgotten(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def loggers_forget() -> Iterator[None]:
-    """Undo what a test configured for logs: a logger used meanwhile keeps it for the next tests."""
+    """Reset the logs' configuration, which used loggers cache."""
     yield
     structlog.reset_defaults()
     for name, module in list(sys.modules.items()):
@@ -48,14 +48,14 @@ def loggers_forget() -> Iterator[None]:
 
 
 class SharedServers:
-    """The servers that all tests share; started when they are first asked for."""
+    """The servers that all tests share; they start at first use."""
 
     def __init__(self) -> None:
         self.redis: EmbeddedRedis | None = None
         self.postgres: EmbeddedPostgres | None = None
 
     def urls(self) -> tuple[str, str]:
-        """Redis' URL and PostgreSQL's, of servers that run."""
+        """Return Redis' URL and PostgreSQL's; start the servers if needed."""
         if self.redis is None or self.postgres is None:
             self.redis, self.postgres = EmbeddedRedis(), EmbeddedPostgres()
             self.redis.start()
@@ -95,7 +95,7 @@ def server_urls(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture
 def redis_url(server_urls: tuple[str, str]) -> str:
-    """The shared Redis server. A test keeps to its own `prefix`."""
+    """The shared Redis server's URL. A test uses only its own `prefix`."""
     return server_urls[0]
 
 
@@ -119,10 +119,10 @@ _database_urls: dict[str, str] = {}
 async def database_url(
     server_urls: tuple[str, str], worker_id: str, request: pytest.FixtureRequest
 ) -> AsyncIterator[str]:
-    """A database of the test's own with an empty tasks table.
+    """The URL of the test's own database, with an empty tasks table.
 
-    Afterwards every row is read back by the API's strict schema; a test that puts rows there which
-    the API refuses is marked `foreign_rows`.
+    After the test, every row must pass the API's strict schema. A test that leaves other rows is
+    marked `foreign_rows`.
     """
     if worker_id in _database_urls:
         url = _database_urls[worker_id]
@@ -140,7 +140,7 @@ async def database_url(
 
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:
-    """Reads and writes rows of `database_url` as the API does."""
+    """Rows of `database_url`, read and written as the API does."""
     async with await Connection.connect(database_url, autocommit=True) as connection:
         yield Database(database_url, connection)
 
@@ -160,7 +160,7 @@ async def make_redis() -> AsyncIterator[Callable[..., Awaitable[OwnServer]]]:
 
 @pytest.fixture
 async def own_redis(make_redis: Callable[..., Awaitable[OwnServer]]) -> OwnServer:
-    """A Redis server that the test may stop, kill, suspend and start again; its data stays."""
+    """A Redis server that the test may stop, kill, suspend and start again."""
     return await make_redis()
 
 
@@ -182,7 +182,7 @@ async def make_postgres() -> AsyncIterator[Callable[..., Awaitable[OwnServer]]]:
 async def own_postgres(
     make_postgres: Callable[..., Awaitable[OwnServer]], request: pytest.FixtureRequest
 ) -> AsyncIterator[OwnServer]:
-    """A PostgreSQL server that the test may stop, kill, suspend and start again; its data stays."""
+    """A PostgreSQL server that the test may stop, kill, suspend and start again."""
     server = await make_postgres()
     yield server
     if server.server.running and request.node.get_closest_marker("foreign_rows") is None:
@@ -246,5 +246,5 @@ async def node(
 
 @pytest.fixture
 def api(db: Database, node5: Node) -> Api:
-    """The API as it is today, with BullMQ 5.65: schedules tasks, and sees both stores."""
+    """Today's API, with BullMQ 5.65, which schedules tasks and reads both stores."""
     return Api(db, node5)

@@ -23,6 +23,6 @@ def measure(servers: Servers, results: Results, sizes: Sizes) -> None:
     servers.add_jobs(["q"], sizes.backlog)
     for _ in range(sizes.rounds):
         for contestant in both:
-            # Each takes some of the same backlog, which hardly gets smaller by it.
+            # Each round takes a small part of the same backlog.
             rate = timed(servers, contestant, CONCURRENCY, min(sizes.seconds, 3.0)).rate
             table.add(contestant.name, f"{sizes.backlog:,}", rate)

@@ -1,4 +1,4 @@
-"""From the producer's `add` to the handler's first line."""
+"""Time from the producer's `add` to the handler's first line."""
 
 import json
 from contextlib import ExitStack
@@ -12,7 +12,7 @@ from bench.servers import PREFIX, Servers
 from bench.sizes import Sizes
 
 CONCURRENCY = 10
-# ms between two jobs. Two of them is about half of what a recording worker can take.
+# ms between two jobs. 500 jobs/s is about half of a recording worker's throughput.
 CASES = {"idle": 20.0, "500 jobs/s": 2.0}
 
 

@@ -1,4 +1,4 @@
-"""The worker's memory: by the number of its tasks, and over very many jobs."""
+"""The worker's memory by the number of tasks, and its growth over very many jobs."""
 
 from contextlib import ExitStack
 from itertools import pairwise
@@ -10,7 +10,7 @@ from bench.servers import Servers
 from bench.sizes import Sizes
 
 FAILING = 10
-"""Per cent of the jobs over which it has to stay flat."""
+"""Per cent of the jobs over which memory must not grow."""
 
 
 def measure(servers: Servers, results: Results, sizes: Sizes) -> None:
@@ -35,7 +35,7 @@ def _measure_flatness(servers: Servers, results: Results, jobs: int) -> None:
     with ExitStack() as stack:
         worker = None
         for first, end in pairwise(steps):
-            # The next portion is added while the last one is worked on.
+            # Add the next portion while the worker runs the last one.
             servers.add_rows(["q"], end - first, first=first)
             adding = servers.start_adding(["q"], end - first, first=first, failing=FAILING)
             if worker is None:

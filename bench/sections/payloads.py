@@ -20,7 +20,7 @@ def measure(servers: Servers, results: Results, sizes: Sizes) -> None:
     letters = string.ascii_letters + string.digits
     for _ in range(sizes.rounds):
         for name, size in SIZES.items():
-            # Text that PostgreSQL can't compress to nothing.
+            # Random text, because PostgreSQL compresses repeated text to almost nothing.
             payload = {"text": "".join(random.choices(letters, k=size))}
             jobs = max(100, min(sizes.jobs // 2, sizes.jobs * 5_000 // size))
             for contestant in (OURS, NODE_UPDATES):

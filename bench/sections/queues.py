@@ -1,4 +1,4 @@
-"""Many small queues against one large queue."""
+"""Throughput of many small queues against one large queue."""
 
 from bench.contestants import OURS, OURS_OFF
 from bench.draining import drain

@@ -1,4 +1,4 @@
-"""From the start of the process to the first job done, with warm servers."""
+"""Time from the start of the process to its first finished job, with warm servers."""
 
 import time
 from contextlib import ExitStack

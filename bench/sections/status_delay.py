@@ -1,4 +1,4 @@
-"""From an event, a job's start or its handler's end, to the commit of the row that says so.
+"""Time from a job's start, or its handler's end, to the commit of the row that says so.
 
 PostgreSQL tells when a row's last transaction was committed, if it was started so.
 """
@@ -43,7 +43,7 @@ def _measure(
 ) -> None:
     servers.reset()
     warm_up = 300
-    # All within half the time that each of them takes.
+    # Add all jobs within half of a handler's time.
     count = int(SLEEP * 1000 / 2 / every)
     payload = {"sleep": SLEEP}
     servers.add_jobs(["q"], warm_up)

@@ -1,4 +1,4 @@
-"""Throughput by the number of rows that are in the table already."""
+"""Throughput by the number of rows in the table."""
 
 from importlib.resources import files
 
@@ -30,7 +30,7 @@ def measure(servers: Servers, results: Results, sizes: Sizes) -> None:
 
 
 def _add_old_rows(servers: Servers, rows: int) -> None:
-    # Indexes are quicker to build than to keep.
+    # Building the indexes afterwards is quicker than updating them for each row.
     for index in _INDEXES:
         servers.database.execute(f"DROP INDEX {index}".encode())
     servers.add_rows(["old"], rows)

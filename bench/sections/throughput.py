@@ -1,4 +1,4 @@
-"""Jobs per second of everybody, at every concurrency, and what the servers spend on it."""
+"""Jobs per second of each contestant at each concurrency, and the servers' CPU time per job."""
 
 from bench.contestants import (
     NODE_5,
@@ -33,7 +33,7 @@ def measure(servers: Servers, results: Results, sizes: Sizes) -> None:
     postgres = results.table("postgres_cpu", "CPU of PostgreSQL", "µs/job")
     cases = [(case, n, 1) for case, n in CASES] + [(OURS_OFF, 50, 2), (OURS_OFF, 200, 2)]
     for number in range(sizes.rounds):
-        # Every other round backwards: what the machine does over time hits all alike.
+        # Every other round runs backwards, so that a slow spell of the machine hits everybody.
         for contestant, concurrency, processes in cases if number % 2 == 0 else cases[::-1]:
             name = contestant.name if processes == 1 else PAIR
             found = drain(

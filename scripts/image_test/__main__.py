@@ -19,11 +19,11 @@ EXAMPLES = REPOSITORY / "examples"
 
 def main() -> int:
     """Return the exit code."""
-    # Turned into an exception, so that everything gets closed.
+    # Raise at SIGTERM, so that everything is closed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         require_tools()
-        # /tmp is often small, and kept in memory.
+        # /tmp is often small and in memory.
         with tempfile.TemporaryDirectory(prefix="autoflow-image-test-", dir="/var/tmp") as folder:
             _test(Path(folder), _readable_copy(Path(folder)))
     except KeyboardInterrupt:
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def _readable_copy(folder: Path) -> Path:
-    """Copy the task lists, for the image's user to read them whatever the clone's umask was."""
+    """Copy the task lists, so that the image's user can read them under any umask."""
     os.umask(0o022)
     tasks = folder / "tasks"
     tasks.mkdir()

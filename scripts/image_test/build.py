@@ -21,7 +21,7 @@ BUILD = "localhost/image-test-build"
 WORKER = "localhost/autoflow-worker"
 DERIVED = "localhost/image-test-derived"
 
-# What a build in another root can use of this machine's pip; not folders, which aren't there.
+# pip's settings that also hold in another root; folders don't exist there.
 PIP_OPTIONS = ("index-url", "extra-index-url", "trusted-host", "proxy", "cert")
 MACHINE_CA = "/etc/ssl/certs/machine-ca.pem"
 
@@ -85,7 +85,7 @@ class Builder:
         self._temporary.mkdir(parents=True)
 
     def build_bases(self) -> None:
-        """Make the base image: Debian with Python and nothing else; and with pip, for building."""
+        """Make two base images: Debian with Python alone, and with pip for the build."""
         root = self._folder / "base"
         include = "--include=python3,ca-certificates"
         run("debootstrap", "--variant=minbase", include, SUITE, root, _mirror())
@@ -142,7 +142,7 @@ class Builder:
 
     def close(self) -> None:
         """Remove the containers, the images and the folder."""
-        # A tool that was killed may have left /proc mounted: what it shows is not ours to remove.
+        # A killed tool may have left /proc mounted; never remove what is in it.
         mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
         for mount in reversed(mounts):
             if Path(mount).is_relative_to(self._folder):
@@ -151,7 +151,7 @@ class Builder:
 
 
 def pip_options() -> dict[str, str]:
-    """Where this machine's pip gets packages from, for the pip in a root of its own."""
+    """Return this machine's pip settings, for the pip in the build's root."""
     options: dict[str, str] = {}
     for line in run(sys.executable, "-m", "pip", "config", "list").splitlines():
         key, _, value = line.partition("=")
@@ -165,7 +165,7 @@ def pip_options() -> dict[str, str]:
 
 
 def _mirror() -> str:
-    """Debian's mirror as this machine knows it."""
+    """Return the Debian mirror that this machine uses."""
     if not shutil.which("apt-get"):
         return MIRROR
     filters = (f"Codename: {SUITE}", "Component: main")

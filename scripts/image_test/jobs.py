@@ -1,4 +1,4 @@
-"""What a running image has to do: refuse, work, stop."""
+"""Checks of a running image: what it refuses, how it runs jobs, and how it stops."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ NOBODY_LISTENS = "redis://127.0.0.1:1/0"
 
 
 class Runs:
-    """Starts containers, and ends those that are left.
+    """Starts containers, and kills those that still run.
 
     Attributes:
         tasks: the folder with the task list.
@@ -45,13 +45,13 @@ class Runs:
         return container
 
     def close(self) -> None:
-        """End all of them."""
+        """Kill all containers."""
         for container in self._started:
             container.close()
 
 
 async def check_faults(runs: Runs, image: Image) -> None:
-    """One message and the right exit code for each thing that is missing; then nothing is."""
+    """Check message and exit code of each missing setting, and then a start with all of them."""
     await _refuses(runs.start(image, {}, tasks=runs.tasks), 2, "REDIS_URL", "DATABASE_URL")
     await _refuses(runs.start(image), 2, "tasks_config")
     await _refuses(runs.start(image, tasks=runs.tasks), 3, "no table 'tasks'")
@@ -75,7 +75,7 @@ async def _succeeds(runs: Runs, image: Image, *command: str) -> None:
 
 
 async def check_jobs(runs: Runs, image: Image, derived: Image) -> None:
-    """The image with a mounted task list, stopped at work; the rest by one that carries its own."""
+    """Run an image with a mounted task list and stop it; run the rest in one with its own list."""
     url = runs.urls["DATABASE_URL"]
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         database = Database(url, connection)

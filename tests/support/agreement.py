@@ -1,4 +1,4 @@
-"""Whether both stores tell the same of every job: each row against what BullMQ holds in Redis."""
+"""Compare each row with what BullMQ holds of its job in Redis."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -26,9 +26,9 @@ class BullJob:
     """A job as BullMQ holds it.
 
     Attributes:
-        states: the lists and sets that it is in; one, if all is well.
+        states: the lists and sets that hold the job; exactly one in a sound queue.
         fields: its hash.
-        locked: whether somebody holds its lock.
+        locked: whether its lock exists.
     """
 
     states: list[str]
@@ -37,12 +37,12 @@ class BullJob:
 
     @property
     def status(self) -> str:
-        """Its state in the API's words; "" if it is in no state, or in several."""
+        """The API's status for its state; "" if it is in no state or in several."""
         return STATUS_OF[self.states[0]] if len(self.states) == 1 else ""
 
 
 async def bull_jobs(client: Redis, prefix: str, queue: str) -> dict[str, BullJob]:
-    """Every job of a queue, by id."""
+    """Return every job of a queue, by id."""
     base = f"{prefix}:{queue}:"
     jobs: dict[str, BullJob] = {}
     for state in STATUS_OF:
@@ -62,7 +62,7 @@ async def bull_jobs(client: Redis, prefix: str, queue: str) -> dict[str, BullJob
 
 
 def differences(rows: Mapping[str, Row], jobs: Mapping[str, BullJob]) -> list[str]:
-    """What the two stores say differently of jobs whose row has their id."""
+    """Return how rows and jobs differ. A row has its job's id."""
     found = [f"{job_id} has no row" for job_id in jobs.keys() - rows.keys()]
     found += [f"{row_id} has no job" for row_id in rows.keys() - jobs.keys()]
     for job_id in jobs.keys() & rows.keys():

@@ -11,7 +11,7 @@ from tests.support.until import until
 
 Json = dict[str, Any]
 
-# BullMQ's states in the API's words: the rule behind contract, section 3.
+# The API's status for each of BullMQ's states (contract, section 3).
 STATUS_OF_STATE = {
     "active": "active",
     "completed": "completed",

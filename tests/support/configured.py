@@ -1,4 +1,4 @@
-"""A Redis server with options of the test's own: a unix socket, or one that takes long to load."""
+"""Redis servers with a test's own options, such as a Unix socket or slow loading."""
 
 import socket
 from collections.abc import Awaitable, Sequence
@@ -15,8 +15,8 @@ class ConfiguredRedis(EmbeddedRedis):
     """A server whose options may be changed before each start.
 
     Attributes:
-        options: of the command line, without dashes.
-        until_loaded: whether `start()` waits until the data is loaded, or only for an answer.
+        options: command-line options, without dashes.
+        until_loaded: whether `start()` waits until the data is loaded; else for any reply.
     """
 
     def __init__(self, *, executable: Path | None = None, **options: str) -> None:
@@ -29,7 +29,7 @@ class ConfiguredRedis(EmbeddedRedis):
         return self.directory / "redis.sock"
 
     async def load_slowly(self) -> None:
-        """Take some seconds to load the data at each start from now on, answering LOADING."""
+        """Make each later start load the data for some seconds, with LOADING as its reply."""
         self.until_loaded = False
         self.options["key-load-delay"] = "200"  # microseconds for each command in the log
         async with Redis.from_url(self.url) as client:
@@ -51,7 +51,7 @@ class ConfiguredRedis(EmbeddedRedis):
 
 
 class SentinelRedis(EmbeddedRedis):
-    """A Sentinel, which watches nobody."""
+    """A Sentinel without a server to watch."""
 
     def _command(self) -> Sequence[str | Path]:
         settings = self.directory / "sentinel.conf"

@@ -1,4 +1,4 @@
-"""A test's database: as the API made it, and read back as the API reads it."""
+"""A test's database, with rows as the API inserts and reads them."""
 
 import secrets
 from collections import Counter
@@ -20,12 +20,12 @@ Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 
 def iso_now() -> str:
-    """Now, as the API writes a date."""
+    """Return the time in the API's format."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def other_database(url: str, name: str) -> str:
-    """The URL of another database on the same server."""
+    """Return the URL of another database on the same server."""
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
 
 
@@ -41,7 +41,7 @@ async def create_database(server_url: str, name: str) -> str:
 
 
 async def reset_database(url: str) -> None:
-    """Make a database as new: clones of a template would cost thirty times as much."""
+    """Empty a database and create the table again. A clone of a template takes 30 times as long."""
     async with await Connection.connect(url, autocommit=True) as connection:
         await connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -53,9 +53,9 @@ async def reset_database(url: str) -> None:
 
 
 async def check_rows(url: str) -> None:
-    """Read every row back as the API does; one that it would refuse fails the test."""
+    """Fail the test if the API's schema refuses a row."""
     async with await Connection.connect(url, autocommit=True) as connection:
-        # A test may have dropped or changed the table.
+        # The test may have dropped the table.
         found = await (await connection.execute("SELECT to_regclass('public.tasks')")).fetchone()
         if found is None or found[0] is None:
             return
@@ -74,7 +74,7 @@ class Database:
 
     Attributes:
         url: the database's URL.
-        connection: in autocommit mode, for anything else.
+        connection: a connection in autocommit mode.
     """
 
     def __init__(self, url: str, connection: Connection) -> None:
@@ -90,24 +90,24 @@ class Database:
         return await (await self.connection.execute(query, args or None)).fetchall()
 
     async def row(self, task_id: str) -> dict[str, Any] | None:
-        """The `data` of one row, None if there is none."""
+        """Return the `data` of a row; None if there is no row."""
         rows = await self.fetch("SELECT data FROM tasks WHERE id = %s", task_id)
         return rows[0][0] if rows else None
 
     async def rows(self) -> dict[str, dict[str, Any]]:
-        """The `data` of every row, by id."""
+        """Return the `data` of every row, by id."""
         return dict(await self.fetch("SELECT id, data FROM tasks ORDER BY id"))
 
     async def task(self, task_id: str) -> TaskRow:
-        """One row as the API reads it; it has to be there."""
+        """Return a row as the API reads it; the row must exist."""
         return TaskRow.model_validate(await self.row(task_id))
 
     async def status(self, task_id: str) -> str | None:
-        """One row's status, None if there is no row."""
+        """Return a row's status; None if there is no row."""
         return ((await self.row(task_id)) or {}).get("status")
 
     async def statuses(self) -> Counter[str]:
-        """How many rows there are of each status."""
+        """Return the number of rows by status."""
         return Counter(
             dict(await self.fetch("SELECT data->>'status', count(*) FROM tasks GROUP BY 1"))
         )
@@ -147,7 +147,7 @@ class Database:
     async def insert_tasks(
         self, queue: str, payloads: Mapping[str, Mapping[str, Any]], **changes: Any
     ) -> None:
-        """Insert many rows, by id, in one go."""
+        """Insert many rows, by id, with one COPY."""
         async with (
             self.connection.cursor() as cursor,
             cursor.copy("COPY tasks (id, data) FROM STDIN") as copy,
@@ -157,12 +157,12 @@ class Database:
 
 
 def new_task_id() -> str:
-    """An id as the API makes it: 21 characters of A-Z, a-z, 0-9, _ and -."""
+    """Return an id in the API's format: 21 characters of A-Z, a-z, 0-9, _ and -."""
     return secrets.token_urlsafe(16)[:21]
 
 
 def task_data(queue: str, payload: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """A new row's `data` as the API writes it."""
+    """Return a new row's `data` as the API writes it."""
     data: dict[str, Any] = {
         "schemaVersion": 1,
         "taskName": queue,

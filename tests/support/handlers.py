@@ -12,7 +12,7 @@ Handler = Callable[[Any, TaskContext], Awaitable[object]]
 
 
 class Gate:
-    """A handler that waits to be opened, and then returns or raises."""
+    """A handler that waits until it is opened, and then returns or raises."""
 
     def __init__(self, outcome: object = None) -> None:
         self.outcome = outcome
@@ -28,7 +28,7 @@ class Gate:
 
 
 class MustNotRun:
-    """A handler that must not run; what a test raises inside one would not reach the test."""
+    """A handler that must not run. An assertion inside of a handler would not reach the test."""
 
     def __init__(self) -> None:
         self.ran = False

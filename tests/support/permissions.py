@@ -7,7 +7,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "permissions.md"
 
 
 def documented_rules() -> list[str]:
-    """What the document's ACL SETUSER says after the password."""
+    """Return the rules of the document's ACL SETUSER."""
     found = re.search(r"\nACL SETUSER autoflow on >PASSWORD (.+)\n", DOCUMENT.read_text())
     assert found is not None
     return found[1].split()

@@ -1,4 +1,4 @@
-"""The official `bullmq.Worker` as it comes, and what both workers look like from Redis."""
+"""The official `bullmq.Worker`, and what Redis knows of any worker."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -35,7 +35,7 @@ async def plain_worker(
 
 
 async def end(worker: Worker) -> None:
-    """End a plain worker whatever state it is in; its own `close()` may wait for ever."""
+    """End a plain worker in any state. Its own `close()` may wait for ever."""
     closing = asyncio.create_task(worker.close(force=True))
     await asyncio.wait({closing}, timeout=1)
     worker.task.cancel()
@@ -53,7 +53,7 @@ async def end(worker: Worker) -> None:
 
 @asynccontextmanager
 async def producer(queue: str, url: str, prefix: str) -> AsyncIterator[Queue]:
-    """The official `bullmq.Queue`."""
+    """Open the official `bullmq.Queue` until the end of the block."""
     made = Queue(queue, {"connection": url, "prefix": prefix})
     try:
         yield made
@@ -62,7 +62,7 @@ async def producer(queue: str, url: str, prefix: str) -> AsyncIterator[Queue]:
 
 
 async def state(redis: Redis, prefix: str, queue: str, job_id: str) -> str:
-    """In which of a queue's lists and sets a job is; "" if in none."""
+    """Return the name of the list or set that holds a job; "" if none does."""
     base = f"{prefix}:{queue}:"
     for name in ("wait", "active", "paused"):
         if job_id in await redis.lrange(base + name, 0, -1):
@@ -74,24 +74,24 @@ async def state(redis: Redis, prefix: str, queue: str, job_id: str) -> str:
 
 
 async def clients(redis: Redis, name: str) -> list[dict[str, str]]:
-    """The server's connections of this name."""
+    """Return the server's connections with this name."""
     found: list[dict[str, str]] = await redis.client_list()
     return [client for client in found if client["name"] == name]
 
 
 async def blocked(redis: Redis, name: str) -> list[dict[str, str]]:
-    """The connections of this name that wait in a blocking command."""
+    """Return the connections with this name that wait in a blocking command."""
     return [client for client in await clients(redis, name) if "b" in client["flags"]]
 
 
 async def until_idle(redis: Redis, name: str) -> dict[str, str]:
-    """Wait until a worker waits for jobs; its connection."""
+    """Wait until a worker blocks for jobs, and return its connection."""
     found: list[dict[str, str]] = await until(lambda: blocked(redis, name))
     return found[0]
 
 
 async def until_renewed(redis: Redis, lock: str) -> None:
-    """Wait until a lock that is there is prolonged."""
+    """Wait until an existing lock is renewed."""
     left: int = await redis.pttl(lock)
 
     async def prolonged() -> bool:

@@ -1,4 +1,4 @@
-"""A pooler before PostgreSQL that works as PgBouncer in transaction mode, with one session."""
+"""A PostgreSQL pooler like PgBouncer in transaction mode, with one server session."""
 
 import asyncio
 import secrets
@@ -31,11 +31,11 @@ class TransactionPooler:
     """Lends its one session to a client until the client's transaction ends.
 
     Args:
-        url: of the server, which asks for no password.
+        url: of a server that asks for no password.
 
     Attributes:
         url: of the pooler.
-        said: what clients have sent to the server.
+        said: the bytes that clients sent to the server.
     """
 
     def __init__(self, url: str) -> None:
@@ -84,7 +84,7 @@ class TransactionPooler:
                 async with self._turn:
                     await self._lend(kind, body, reader, writer)
         except (OSError, asyncio.IncompleteReadError):
-            pass  # The client has gone without a word, or the test is over.
+            pass  # The client closed its connection, or the test is over.
         finally:
             self._clients.discard(writer)
             writer.transport.abort()
@@ -105,7 +105,7 @@ class TransactionPooler:
     async def _lend(
         self, kind: bytes, body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Pass messages on, both ways, until the server is idle and outside of a transaction."""
+        """Forward messages both ways until the server is outside of a transaction."""
         while True:
             self.said += body
             self._to_server.write(_message(kind, body))

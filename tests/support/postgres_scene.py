@@ -31,11 +31,11 @@ async def database(server: OwnServer) -> AsyncIterator[Database]:
 
 @dataclass
 class Scene:
-    """One queue, one worker in this process, and a PostgreSQL of the test's own.
+    """One queue, a worker in this process, and a PostgreSQL server that the test may break.
 
     Attributes:
-        started, ended: how often each job's handler has.
-        gate: handlers wait for it before they end.
+        started, ended: how often each job's handler has started and ended.
+        gate: handlers wait for this event.
     """
 
     postgres: OwnServer
@@ -109,7 +109,7 @@ class Scene:
             await asyncio.sleep(0.2)
 
     async def check(self, count: int) -> None:
-        """All jobs are finished, and both stores tell the same of each."""
+        """Check that all jobs are finished, and that rows and jobs agree."""
         async with database(self.postgres) as db:
             rows = await db.rows()
         jobs = await bull_jobs(self.redis, self.prefix, QUEUE)
@@ -153,7 +153,7 @@ async def hanging(scene: Scene) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def read_only(scene: Scene) -> AsyncIterator[None]:
-    """As a standby is, after a failover."""
+    """PostgreSQL refuses writes, as a standby does after a failover."""
     async with database(scene.postgres) as db:
         await db.execute("ALTER SYSTEM SET default_transaction_read_only = on")
         await db.execute("SELECT pg_reload_conf()")
@@ -166,7 +166,7 @@ async def read_only(scene: Scene) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def refusing(scene: Scene, code: str) -> AsyncIterator[None]:
-    """Each update fails with this SQLSTATE."""
+    """PostgreSQL refuses each update with this SQLSTATE."""
     async with database(scene.postgres) as db:
         await db.execute(
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
@@ -179,7 +179,7 @@ async def refusing(scene: Scene, code: str) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def locked(scene: Scene) -> AsyncIterator[None]:
-    """A migration holds the table."""
+    """A migration holds a lock on the table."""
     async with await Connection.connect(scene.postgres.url) as connection:
         await connection.execute("LOCK TABLE tasks")
         yield
@@ -187,7 +187,7 @@ async def locked(scene: Scene) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def dropped(scene: Scene) -> AsyncIterator[None]:
-    """The table is elsewhere for a while."""
+    """The table has another name for a while."""
     async with database(scene.postgres) as db:
         await db.execute("ALTER TABLE tasks RENAME TO tasks_elsewhere")
         yield

@@ -1,4 +1,4 @@
-"""The worker as a process of its own, which gets real signals."""
+"""The worker as a process, which receives real signals."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.support.until import PATIENCE, until
 
-# Kills the process group when the test run dies without having said a word.
+# Kills the worker's process group when the test run itself is killed.
 _REAPER = 'read -r _ || kill -KILL -- "-$1" 2>/dev/null'
 
 
@@ -22,8 +22,8 @@ class WorkerProcess:
     """A running `autoflow-worker`.
 
     Attributes:
-        process: the process; its exit code after the end.
-        folder: holds what it prints; its parent is the process's working directory.
+        process: the `Popen`, which has the exit code after the end.
+        folder: holds the process's output; its parent is the working directory.
     """
 
     def __init__(self, arguments: list[str], env: Mapping[str, str], folder: Path) -> None:
@@ -55,22 +55,22 @@ class WorkerProcess:
 
     @property
     def stdout(self) -> str:
-        """What it has printed so far."""
+        """The stdout so far."""
         return self._stdout.read_text(errors="replace")
 
     @property
     def stderr(self) -> str:
-        """What it has printed to stderr so far."""
+        """The stderr so far."""
         return self._stderr.read_text(errors="replace")
 
     @property
     def logs(self) -> list[dict[str, Any]]:
-        """The log lines so far, from either output; other and unfinished lines are left out."""
+        """The complete log lines so far, of both outputs."""
         lines = (self.stdout + self.stderr).splitlines()
         return [json.loads(line) for line in lines if line[:1] == "{" and line[-1:] == "}"]
 
     def logged(self, event: str) -> list[dict[str, Any]]:
-        """The log lines of one event so far."""
+        """Return the log lines of one event so far."""
         return [entry for entry in self.logs if entry.get("event") == event]
 
     async def until_logged(self, event: str, timeout: float = PATIENCE) -> dict[str, Any]:
@@ -103,11 +103,11 @@ class WorkerProcess:
         return self.process.returncode
 
     def report(self) -> str:
-        """The end of what it printed, for a message."""
+        """Return the end of both outputs, for a message."""
         return f"\n--- stdout\n{self.stdout[-4000:]}\n--- stderr\n{self.stderr[-4000:]}"
 
     def close(self) -> None:
-        """Kill what is left of it, its children too."""
+        """Kill the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.wait()
@@ -118,7 +118,7 @@ class WorkerStarter:
     """Starts worker processes; called with a tasks module's text.
 
     Attributes:
-        env: what each process gets on top of this process's own environment.
+        env: variables that each process gets beside this process's own.
     """
 
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
@@ -132,7 +132,7 @@ class WorkerStarter:
         """Start `autoflow-worker COMMAND ARGUMENTS` in a folder with this `tasks_config.py`.
 
         Args:
-            tasks: the module's text, indented as it may be; None leaves what is there.
+            tasks: the module's text, with any indentation; None keeps the file.
             arguments: more words of the command line.
             command: which command.
             env: environment variables on top of `self.env`; None unsets one.
@@ -148,7 +148,7 @@ class WorkerStarter:
         return worker
 
     async def close(self) -> None:
-        """Kill what still runs, and say what was printed: pytest shows it if the test failed."""
+        """Kill all processes and print their output, which pytest shows if the test failed."""
         for worker in self._started:
             await asyncio.to_thread(worker.close)
             print(worker.report())  # noqa: T201

@@ -1,4 +1,4 @@
-"""A proxy between a client and Redis that loses, holds up and cuts what a test wants it to."""
+"""A proxy between a client and Redis that can lose, delay and cut."""
 
 import asyncio
 import ssl
@@ -14,11 +14,11 @@ _INCOMPLETE = object()
 
 
 class Ambush:
-    """What befalls the reply to the first command that has `needle` in one of its arguments.
+    """Loses or delays the reply to the first command with `needle` in one of its arguments.
 
     Attributes:
-        sprung: set when the server has answered, and so has executed the command.
-        count: how many such commands there were, the first one and later ones.
+        sprung: set when the server has replied, and so has run the command.
+        count: the number of such commands, with the first one.
     """
 
     def __init__(self, needle: bytes, *, cut: bool) -> None:
@@ -29,7 +29,7 @@ class Ambush:
         self._released = asyncio.Event()
 
     def release(self) -> None:
-        """Let the reply that is held up go on."""
+        """Forward the reply that is held."""
         self._released.set()
 
     async def spring(self) -> None:
@@ -43,12 +43,12 @@ class Proxy:
 
     Args:
         url: of the server.
-        tls: what the proxy presents to its clients; None: it speaks plain TCP.
+        tls: the proxy's own TLS context; None for plain TCP.
 
     Attributes:
-        url: of the proxy; the scheme is as the server's.
-        commands: what clients have sent.
-        chunks: the same in pieces as they came: how many commands were complete with each.
+        url: of the proxy, with the server's scheme.
+        commands: the commands of all clients.
+        chunks: the number of commands that each received piece completed.
         accepted: connections so far.
     """
 
@@ -85,14 +85,14 @@ class Proxy:
         return urlunsplit(self._parts._replace(netloc=f"{auth}{at}127.0.0.1:{self._port}"))
 
     async def listen(self) -> None:
-        """Accept connections; on the port it had before, if it had one."""
+        """Accept connections, always on the same port."""
         self._server = await asyncio.start_server(
             self._accept, "127.0.0.1", self._port, ssl=self._tls
         )
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def refuse(self) -> None:
-        """Accept no more connections; those that there are stay."""
+        """Accept no more connections, and keep the existing ones."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -107,16 +107,16 @@ class Proxy:
             link.task.cancel()
 
     def freeze(self) -> None:
-        """Forward nothing more on any connection that there is; they stay open."""
+        """Stop forwarding on all existing connections, and keep them open."""
         for link in self._links:
             link.flowing.clear()
 
     def lose_reply_to(self, needle: bytes) -> Ambush:
-        """Cut the next connection that asks for this, once the server has answered."""
+        """Cut the connection that next sends `needle`, once the server has replied."""
         return self._lay(Ambush(needle, cut=True))
 
     def hold_reply_to(self, needle: bytes) -> Ambush:
-        """Hold up the reply to the next request with this, and what comes after it."""
+        """Hold the reply to the next command with `needle`, and every later reply."""
         return self._lay(Ambush(needle, cut=False))
 
     def _lay(self, ambush: Ambush) -> Ambush:
@@ -124,7 +124,7 @@ class Proxy:
         return ambush
 
     def walk(self, command: list[bytes]) -> Ambush | None:
-        """Note a command; the ambush that it has walked into."""
+        """Note a command, and return the ambush that it triggers."""
         self.commands.append(command)
         met = [a for a in self._ambushes if any(a.needle in argument for argument in command)]
         for ambush in met:
@@ -138,13 +138,13 @@ class Proxy:
         try:
             await link.run(reader, writer, self._parts.hostname, self._server_port)
         except (OSError, asyncio.CancelledError):
-            pass  # One of the two sides is gone, or `cut()` was called.
+            pass  # A side closed its connection, or `cut()` was called.
         finally:
             self._links.discard(link)
 
 
 class _Link:
-    """One client's connection, and ours to the server."""
+    """One client's connection, and its counterpart to the server."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy

@@ -28,9 +28,9 @@ class Scene:
     """A worker and its producer, which reach Redis through a proxy.
 
     Attributes:
-        server: what is to be broken.
-        runs: how often each job's handler was started.
-        go_on: handlers of jobs with `held` wait for it.
+        server: the server to break.
+        runs: how often each job's handler has started.
+        go_on: handlers of jobs with `held` in the payload wait for this event.
     """
 
     server: OwnServer
@@ -70,7 +70,7 @@ class Scene:
             return await state(redis, self.prefix, QUEUE, job)
 
     async def until_completed(self, *jobs: str) -> None:
-        """Wait until both stores say so."""
+        """Wait until both stores say that these jobs are completed."""
         for job in jobs:
             await self.db.until_status(job, "completed")
 
@@ -84,9 +84,9 @@ class Scene:
             return await redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
     async def until_checked(self) -> None:
-        """Wait until a worker looks for stalled jobs for the next time.
+        """Wait for the next stalled check of any worker.
 
-        The mark that it leaves may be renewed at once, so it says little that it is there.
+        A check may follow another at once, so compare the mark's expiry, not its existence.
         """
         mark = f"{self.prefix}:{QUEUE}:stalled-check"
         earlier = await self.admin("PEXPIRETIME", mark)
@@ -97,7 +97,7 @@ class Scene:
         await until(renewed)
 
     async def load_scripts(self) -> None:
-        """So that the first reply to a script is not that the server does not know it."""
+        """Load BullMQ's scripts, so that no first reply is NOSCRIPT."""
         async with Redis.from_url(self.server.url) as redis:
             await load_scripts(redis)
 
@@ -130,7 +130,7 @@ async def suspended(scene: Scene) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def connections_killed(scene: Scene) -> AsyncIterator[None]:
-    """Each of the worker's connections by itself, more than once."""
+    """Kill each of the worker's connections by itself, twice."""
     async with Redis.from_url(scene.server.url, decode_responses=True) as redis:
         me = await redis.client_id()
         for _ in range(2):
@@ -164,7 +164,7 @@ async def loading(scene: Scene) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def failed_over(scene: Scene) -> AsyncIterator[None]:
-    """Another server has all that this one had, and then its address."""
+    """A replica takes over, and then has the server's address."""
     async with Redis.from_url(scene.other.url, decode_responses=True) as other:
         await scene.admin("CONFIG", "SET", "repl-diskless-sync-delay", 0)
         await other.replicaof("127.0.0.1", str(scene.server.port))

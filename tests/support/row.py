@@ -1,4 +1,4 @@
-"""The API's strict schema of a row: it refuses what it does not know (contract, section 2)."""
+"""The API's strict schema of a row, which refuses unknown keys (contract, section 2)."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -24,7 +24,7 @@ IsoDate = Annotated[
     StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$"),
     AfterValidator(_real_date),
 ]
-# JavaScript's number; neither true nor "1" is one.
+# A JavaScript number; true and "1" are none.
 Number = StrictInt | StrictFloat
 
 
@@ -41,13 +41,13 @@ class Result(Strict):
 class Error(Strict):
     success: Literal[False]
     reason: str
-    # May be left out, but must not be null.
+    # Optional, but never null.
     stackTrace: str = ""
     lastAttemptAt: IsoDate
 
 
 class TaskRow(Strict):
-    """The `data` of a row, with every key there: both the API and the worker write all."""
+    """The `data` of a row. Every key is required, because the API and the worker write all."""
 
     schemaVersion: Literal[1]
     taskName: str

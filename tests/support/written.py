@@ -9,27 +9,27 @@ Json = dict[str, Any]
 
 
 def patch(before: Json | None, after: Json | None) -> Json:
-    """The keys that were written, with their new values."""
+    """Return the keys that were written, with their new values."""
     assert before is not None
     assert after is not None
     return {key: value for key, value in after.items() if before.get(key) != value}
 
 
 def is_now(date: object) -> bool:
-    """Whether a row's date is of the last minute."""
+    """Tell whether a row's date is in the last minute."""
     moment = datetime.fromisoformat(str(date))
     return timedelta(0) <= datetime.now(UTC) - moment < timedelta(minutes=1)
 
 
 def is_failure(error: Json, reason: str) -> bool:
-    """Whether this is a raised exception's record, complete with where and when."""
+    """Tell whether this is the complete record of an exception with that message."""
     assert error.keys() == {"success", "reason", "stackTrace", "lastAttemptAt"}
     assert reason in error["stackTrace"]
     return error["reason"] == reason and is_now(error["lastAttemptAt"])
 
 
 async def due(redis: Redis, prefix: str, queue: str, task_id: str) -> str:
-    """When BullMQ will run a delayed job, as a row would say it."""
+    """Return when BullMQ will run a delayed job, in a row's format."""
     score = await redis.zscore(f"{prefix}:{queue}:delayed", task_id)
     assert score is not None
     moment = datetime.fromtimestamp((int(score) >> 12) / 1000, UTC)

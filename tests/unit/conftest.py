@@ -1,8 +1,8 @@
-"""How the property tests run: without looking at the clock."""
+"""Settings of the property tests: no deadlines."""
 
 from hypothesis import HealthCheck, settings
 
-# A machine may be slow, and then nothing is wrong with the code.
+# A slow machine is no fault of the code.
 settings.register_profile(
     "any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )

@@ -1,4 +1,4 @@
-"""The tasks that the image runs in its test; its name and place are what an image's user has."""
+"""The tasks of the image's test; the file's name and place are those of a user's list."""
 # ruff: noqa: ARG001 - a handler takes both, used or not
 
 import asyncio
