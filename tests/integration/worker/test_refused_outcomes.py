@@ -16,12 +16,11 @@ from autoflow_worker.worker import history, task_worker
 from tests.support.agreement import bull_jobs, differences
 from tests.support.api import Api
 from tests.support.database import Connection, Database, new_task_id
-from tests.support.node import Scheduled
+from tests.support.node import KEEP_ALL, Scheduled
 from tests.support.running import RunWorker
 from tests.support.until import until
 
 QUEUE = "q"
-KEEP_ALL = {"removeOnComplete": False, "removeOnFail": False}
 
 Json = dict[str, Any]
 Logs = list[Any]
