@@ -15,10 +15,10 @@ from redis.asyncio import Redis
 from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis
 from tests.support.api import Api
 from tests.support.database import (
-    Connection,
     Database,
     check_rows,
     create_database,
+    open_database,
     reset_database,
 )
 from tests.support.node import Node, NodeProcess
@@ -141,8 +141,8 @@ async def database_url(
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:
     """Rows of `database_url`, read and written as the API does."""
-    async with await Connection.connect(database_url, autocommit=True) as connection:
-        yield Database(database_url, connection)
+    async with open_database(database_url) as db:
+        yield db
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from redis.asyncio import Redis
 
-from tests.support.database import Connection, Database, check_rows
+from tests.support.database import Database, check_rows, open_database
 from tests.support.node import Node
 from tests.support.process import WorkerProcess, WorkerStarter
 from tests.support.servers import OwnServer
@@ -49,8 +49,7 @@ async def reason_of(worker: WorkerProcess) -> str:
 async def app_of(server: OwnServer) -> AsyncIterator[tuple[Database, str]]:
     """The database as its owner sees it, and the URL of a user with a password and all rights."""
     rules = "host all app all scram-sha-256\nlocal all app scram-sha-256\n"
-    async with await Connection.connect(server.url, autocommit=True) as connection:
-        db = Database(server.url, connection)
+    async with open_database(server.url) as db:
         await db.execute(f"CREATE ROLE app LOGIN PASSWORD '{SECRET}'")
         await db.execute("GRANT USAGE ON SCHEMA public TO app")
         await db.execute("GRANT SELECT, INSERT, UPDATE ON tasks TO app")
@@ -140,16 +139,16 @@ async def test_postgresql_away_is_waited_for(
     """However long it takes, and each reason is told once."""
     worker = worker_process(TASKS, DATABASE_URL=own_postgres.url, WORKER_STARTUP_TIMEOUT="0.5")
     await worker.until_logged("worker_started")
-    async with await Connection.connect(own_postgres.url, autocommit=True) as connection:
-        await Database(own_postgres.url, connection).insert_task("mails", {}, task_id="a-job")
+    async with open_database(own_postgres.url) as db:
+        await db.insert_task("mails", {}, task_id="a-job")
     await own_postgres.stop()
     await node5.schedule("mails", {}, task_id="a-job")
     await worker.until_logged("postgresql_away")
     over = time.monotonic() + 2
     await until(lambda: time.monotonic() > over)
     await own_postgres.start()
-    async with await Connection.connect(own_postgres.url, autocommit=True) as connection:
-        await Database(own_postgres.url, connection).until_status("a-job", "completed", timeout=30)
+    async with open_database(own_postgres.url) as db:
+        await db.until_status("a-job", "completed", timeout=30)
     reasons = [entry["reason"] for entry in worker.logged("postgresql_away")]
     assert len(set(reasons)) == len(reasons), reasons
     worker.terminate()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.support.database import Connection, Database
+from tests.support.database import Database, open_database
 from tests.support.node import Node
 from tests.support.process import WorkerStarter
 from tests.support.servers import OwnServer
@@ -47,8 +47,7 @@ async def test_postgresql_hangs(
 ) -> None:
     worker = worker_process(TASKS, DATABASE_URL=own_postgres.url)
     await worker.until_logged("worker_started")
-    async with await Connection.connect(own_postgres.url, autocommit=True) as connection:
-        db = Database(own_postgres.url, connection)
+    async with open_database(own_postgres.url) as db:
         await db.insert_task("mails", {}, task_id="a-job")
         await node5.schedule("mails", {}, task_id="a-job")
         await db.until_status("a-job", "active")

@@ -6,7 +6,7 @@ from autoflow_worker import define_task
 from autoflow_worker.errors import DatabaseUnavailableError
 from tests.support.database import Database
 from tests.support.node import Node
-from tests.support.running import RunWorker
+from tests.support.running import RunWorker, end_part
 
 
 async def handler(payload: dict[str, object], ctx: object) -> dict[str, object]:
@@ -25,7 +25,7 @@ async def test_it_runs_a_job_and_stops(run_worker: RunWorker, node5: Node, db: D
 async def test_a_worker_that_ends_unasked_fails_the_test(run_worker: RunWorker) -> None:
     async def block() -> None:
         async with run_worker([define_task("q", handler)]) as worker:
-            worker.service.workers[0].slots[0].cancel()
+            end_part("slot 0 of q")
             await worker.stopping.wait()
 
     with pytest.raises(AssertionError, match="unasked"):

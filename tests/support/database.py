@@ -2,7 +2,8 @@
 
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any
@@ -154,6 +155,13 @@ class Database:
         ):
             for task_id, payload in payloads.items():
                 await copy.write_row((task_id, Jsonb(task_data(queue, payload, **changes))))
+
+
+@asynccontextmanager
+async def open_database(url: str) -> AsyncIterator[Database]:
+    """Connect to a database until the end of the block."""
+    async with await Connection.connect(url, autocommit=True) as connection:
+        yield Database(url, connection)
 
 
 def new_task_id() -> str:

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from tests.support.database import new_task_id
@@ -104,12 +103,7 @@ class NodeProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.kill()
         shutil.rmtree(self._folder)
 
@@ -177,12 +171,7 @@ class Node:
         await self._write(self._session)
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._process is not None
         try:
             # Node closes the session's queues, and then its side.
@@ -194,7 +183,7 @@ class Node:
         finally:
             self._to_node.close()
             if self._own is not None:
-                self._own.__exit__(None, None, None)
+                self._own.__exit__()
 
     async def schedule(
         self, queue: str, payload: Mapping[str, Any] | None = None, **options: Any

@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 import struct
-from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
@@ -57,12 +56,7 @@ class TransactionPooler:
         self._port = self._listener.sockets[0].getsockname()[1]
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._listener.close()
         for writer in (*self._clients, self._to_server):
             writer.transport.abort()

@@ -1,7 +1,6 @@
 """A proxy between a client and PostgreSQL that loses a request, or ends after a reply."""
 
 import asyncio
-from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
@@ -37,12 +36,7 @@ class PostgresProxy:
         self.url = urlunsplit(self._parts._replace(netloc=netloc))
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._listener.close()
 
     async def _serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:

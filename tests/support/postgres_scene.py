@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from autoflow_worker import TaskContext, TaskOptions, define_task
 from tests.support.agreement import bull_jobs, differences
-from tests.support.database import Connection, Database, new_task_id
+from tests.support.database import Connection, new_task_id, open_database
 from tests.support.node import KEEP_ALL, Node, Scheduled
 from tests.support.running import Running, running
 from tests.support.servers import OwnServer
@@ -21,12 +21,6 @@ from tests.support.until import until
 QUEUE = "a-queue"
 CONCURRENCY = 20
 LOCK_MS = 2500
-
-
-@asynccontextmanager
-async def database(server: OwnServer) -> AsyncIterator[Database]:
-    async with await Connection.connect(server.url, autocommit=True) as connection:
-        yield Database(server.url, connection)
 
 
 @dataclass
@@ -63,7 +57,7 @@ class Scene:
             Scheduled({"n": n}, new_task_id(), attempts=2, backoff=20, opts=KEEP_ALL)
             for n in range(count)
         ]
-        async with database(self.postgres) as db:
+        async with open_database(self.postgres.url) as db:
             payloads = {job.task_id: job.payload for job in jobs}
             await db.insert_tasks(QUEUE, payloads, maxAttempts=2)
         await self.node.schedule_all(QUEUE, jobs)
@@ -110,7 +104,7 @@ class Scene:
 
     async def check(self, count: int) -> None:
         """Check that all jobs are finished, and that rows and jobs agree."""
-        async with database(self.postgres) as db:
+        async with open_database(self.postgres.url) as db:
             rows = await db.rows()
         jobs = await bull_jobs(self.redis, self.prefix, QUEUE)
         assert differences(rows, jobs) == []
@@ -154,7 +148,7 @@ async def hanging(scene: Scene) -> AsyncIterator[None]:
 @asynccontextmanager
 async def read_only(scene: Scene) -> AsyncIterator[None]:
     """PostgreSQL refuses writes, as a standby does after a failover."""
-    async with database(scene.postgres) as db:
+    async with open_database(scene.postgres.url) as db:
         await db.execute("ALTER SYSTEM SET default_transaction_read_only = on")
         await db.execute("SELECT pg_reload_conf()")
         try:
@@ -167,7 +161,7 @@ async def read_only(scene: Scene) -> AsyncIterator[None]:
 @asynccontextmanager
 async def refusing(scene: Scene, code: str) -> AsyncIterator[None]:
     """PostgreSQL refuses each update with this SQLSTATE."""
-    async with database(scene.postgres) as db:
+    async with open_database(scene.postgres.url) as db:
         await db.execute(
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
             f" $$ BEGIN RAISE 'as ordered' USING ERRCODE = '{code}'; END $$;"
@@ -188,7 +182,7 @@ async def locked(scene: Scene) -> AsyncIterator[None]:
 @asynccontextmanager
 async def dropped(scene: Scene) -> AsyncIterator[None]:
     """The table has another name for a while."""
-    async with database(scene.postgres) as db:
+    async with open_database(scene.postgres.url) as db:
         await db.execute("ALTER TABLE tasks RENAME TO tasks_elsewhere")
         yield
         await db.execute("ALTER TABLE tasks_elsewhere RENAME TO tasks")

@@ -13,6 +13,12 @@ from tests.support.until import PATIENCE, until
 Tasks = Sequence[TaskDefinition[Any]]
 
 
+def end_part(name: str) -> None:
+    """Cancel the part of the service with this name, as if it died."""
+    [part] = [task for task in asyncio.all_tasks() if task.get_name() == name]
+    part.cancel()
+
+
 class Running:
     """A running worker, made by `running()`.
 

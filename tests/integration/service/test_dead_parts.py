@@ -19,7 +19,7 @@ from tests.support.api import Api
 from tests.support.node import Node
 from tests.support.process import WorkerStarter
 from tests.support.proxy import Proxy
-from tests.support.running import RunWorker
+from tests.support.running import RunWorker, end_part
 from tests.support.until import until
 
 QUEUE = "q"
@@ -39,12 +39,6 @@ async def handler(payload: dict[str, object], ctx: TaskContext) -> None:
 
 async def hang(payload: dict[str, object], ctx: TaskContext) -> None:
     await asyncio.Event().wait()
-
-
-def end(name: str) -> None:
-    """Cancel the part of this name; there has to be one."""
-    [part] = [task for task in asyncio.all_tasks() if task.get_name() == name]
-    part.cancel()
 
 
 async def end_reconnecting(proxy: Proxy) -> None:
@@ -70,7 +64,7 @@ async def test_a_part_that_ends_unasked_ends_all(
         tasks = [define_task(QUEUE, hang), define_task("other", handler)]
         async with run_worker(tasks, worker_concurrency=2) as worker:
             await api.until_both_say(QUEUE, task_id, "active")
-            end(part)
+            end_part(part)
             death = await worker.death()
     assert isinstance(death, PartDiedError)
     assert death.exit_code == 1
@@ -169,7 +163,7 @@ async def test_a_part_that_dies_while_draining_ends_the_wait(
         await asyncio.wait(slots - {busy})
         if part.startswith("slot"):
             part = busy.get_name()
-        end(part)
+        end_part(part)
         death = await worker.death()
     assert isinstance(death, PartDiedError)
     assert str(death) == f"{part} ended unasked: it was cancelled"

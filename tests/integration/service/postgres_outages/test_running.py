@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from autoflow_worker.recording import recorder
-from tests.support.database import Database
+from tests.support.database import Database, open_database
 from tests.support.node import KEEP_ALL, Scheduled
 from tests.support.postgres_scene import (
     CONCURRENCY,
@@ -15,7 +15,6 @@ from tests.support.postgres_scene import (
     QUEUE,
     WAYS,
     Scene,
-    database,
     locked,
 )
 from tests.support.until import until
@@ -94,7 +93,7 @@ async def killed_and_started(scene: Scene) -> None:
 
 
 async def ended_connections(scene: Scene) -> None:
-    async with database(scene.postgres) as db:
+    async with open_database(scene.postgres.url) as db:
         await db.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
@@ -129,7 +128,7 @@ async def url_of_worker(db: Database) -> str:
 
 
 async def test_too_many_connections(scene: Scene) -> None:
-    async with database(scene.postgres) as db:
+    async with open_database(scene.postgres.url) as db:
         url = await url_of_worker(db)
         await scene.schedule(200)
         async with scene.worker(database_url=url):
@@ -149,7 +148,7 @@ async def ended_connections_of(db: Database, role: str) -> None:
 
 
 async def test_privileges_that_are_taken_away_for_a_while(scene: Scene) -> None:
-    async with database(scene.postgres) as db:
+    async with open_database(scene.postgres.url) as db:
         url = await url_of_worker(db)
         await scene.schedule(200)
         async with scene.worker(database_url=url):

@@ -7,8 +7,9 @@ import pytest
 
 from autoflow_worker.errors import DatabaseUnavailableError
 from tests.support.agreement import bull_jobs
+from tests.support.database import open_database
 from tests.support.node import KEEP_ALL
-from tests.support.postgres_scene import CONCURRENCY, QUEUE, WAYS, Scene, database, stopped
+from tests.support.postgres_scene import CONCURRENCY, QUEUE, WAYS, Scene, stopped
 from tests.support.process import WorkerStarter
 from tests.support.servers import OwnServer
 from tests.support.until import until
@@ -45,7 +46,7 @@ async def test_a_start_gives_up_in_time(scene: Scene, way: str) -> None:
 @pytest.fixture
 async def guarded(postgres: OwnServer) -> OwnServer:
     """A server that asks a user `guarded` for a password, and lets `stranger` in nowhere."""
-    async with database(postgres) as db:
+    async with open_database(postgres.url) as db:
         await db.execute("CREATE ROLE guarded LOGIN PASSWORD 'right'; CREATE ROLE stranger LOGIN")
         [(path,)] = await db.fetch("SHOW hba_file")
         rules = "host all guarded all scram-sha-256\nhost all stranger all reject\n"
