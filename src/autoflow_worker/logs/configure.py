@@ -1,8 +1,7 @@
-"""Log lines: structlog, as JSON in production; written by a thread of their own.
+"""Log lines: structlog renders them, as JSON in production, and a thread writes them.
 
-A line is made where it is logged and written elsewhere, because an output can block: a paused
-terminal or a log collector that hangs would stop the event loop, locks would no longer be renewed,
-and running jobs would be taken for stalled.
+An output can block, as a paused terminal does or a log collector that hangs. If the event loop
+wrote the lines, it would block too. Locks would not be renewed, and running jobs would stall.
 """
 
 import atexit
@@ -22,43 +21,38 @@ from autoflow_worker.logs.writer import LogWriter
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat = Literal["console", "json"]
 
-#: A longer line, in characters, is made again with each of its values cut to MAX_VALUE_LENGTH.
+#: A longer line, in characters, is rendered again with each value cut to MAX_VALUE_LENGTH.
 MAX_LINE_LENGTH = 16_384
 MAX_VALUE_LENGTH = 2_048
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _HIGHEST_FIRST = tuple(reversed(_LEVELS.items()))
 _SAFE_INTEGER = 2**53
-# Texts of several lines, which are printed as they are but for this: escape sequences begin with a
-# control character, and others turn the direction of what follows.
+# These texts may have several lines and are printed without quotes. Only these characters are
+# escaped: control characters, with which escape sequences begin, and marks of a text's direction.
 _TEXTS = frozenset({"event", "exception", "stack"})
 _TERMINAL_CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
-# Made here, by processors: the level decides the colour.
+# The processors add these. The renderer chooses the colour by the level, so both stay as they are.
 _OWN = frozenset({"level", "timestamp"})
 _QUOTED = frozenset(" =\"'")
-# Left before a cut, which would make half a URL of one: that is not recognised, and shows all. A
-# private key of 4096 bits has 3,300 characters.
+# Characters that are masked beyond a cut: a half of a URL or key would not be recognised as a
+# secret. A private key of 4096 bits has 3,300 characters.
 _SECRET_LENGTH = 4_096
 
 
-def _unconfigured(context: dict[str, Any]) -> FilteringBoundLogger:
-    logger: FilteringBoundLogger = structlog.get_logger(**context)
-    return logger
-
-
 class _Configured:
-    """What the last ``configure_logging`` chose."""
+    """What the last ``configure_logging`` made."""
 
     writer: LogWriter | None = None
-    job_logger: Callable[[dict[str, Any]], FilteringBoundLogger] = staticmethod(_unconfigured)
+    make_logger: Callable[..., FilteringBoundLogger] = staticmethod(structlog.get_logger)
 
 
 def configure_logging(
     level: LogLevel = "info", fmt: LogFormat = "console", stream: IO[str] | None = None
 ) -> None:
-    """Set up structlog, and send the standard library's logging the same way.
+    """Set up structlog, and make the standard library's logging write the same lines.
 
     Args:
         level: the lowest level that is shown.
@@ -68,7 +62,7 @@ def configure_logging(
     flush_logs()
     stream = sys.stdout if stream is None else stream
     writer = LogWriter(stream)
-    # No copy of the event, no call-site lookup, no filtering by processor: each costs every line.
+    # No copy of the event, no call-site lookup, no filtering by processor: each slows every line.
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -86,8 +80,8 @@ def configure_logging(
     if _Configured.writer is None:
         atexit.register(flush_logs)
     _Configured.writer = writer
-    _Configured.job_logger = staticmethod(
-        lambda context: bound_logger(writer, processors=processors, context=context)
+    _Configured.make_logger = staticmethod(
+        lambda **context: bound_logger(writer, processors=processors, context=context)
     )
     root = logging.getLogger()
     root.handlers = [_StandardHandler(processors, writer)]
@@ -98,19 +92,19 @@ def configure_logging(
 def job_logger(**context: Any) -> FilteringBoundLogger:
     """Return a logger that is bound to the context.
 
-    Made at once instead of by ``structlog.get_logger().bind()``, which copies the context and
-    asks for the configuration: there is a logger for every job that logs.
+    Each job that logs makes one. ``structlog.get_logger().bind()`` would take longer, as it copies
+    the context and reads the configuration.
     """
-    return _Configured.job_logger(context)
+    return _Configured.make_logger(**context)
 
 
 def flush_logs(timeout: float = 1.0) -> bool:
-    """Wait until all lines are written, at most ``timeout`` seconds; say whether they are."""
+    """Wait at most ``timeout`` seconds until all lines are written; return whether they are."""
     return _Configured.writer is None or _Configured.writer.flush(timeout)
 
 
 class _Renderer:
-    """The last processor: a line of text, whatever the values are."""
+    """The last processor: renders a line of text, whatever the values are."""
 
     def __init__(self, render: Callable[[EventDict], str]) -> None:
         self._render = render
@@ -129,7 +123,7 @@ def _json(event: EventDict) -> str:
     line = orjson.dumps(event, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
     if mask_secrets(line) == line:
         return line
-    # Value by value: in the line as a whole, what looks like a password can span two of them.
+    # Mask each value by itself: in the whole line, a match could span two values.
     return orjson.dumps(_masked(orjson.loads(line))).decode()
 
 
@@ -163,9 +157,10 @@ def _console(stream: IO[str] | None) -> Callable[[EventDict], str]:
 
 
 def _for_terminal(event: EventDict) -> EventDict:
-    """Return the event as text that a terminal shows and does not obey.
+    """Return the event with all characters escaped that a terminal would obey.
 
-    What is secret by its key is masked here: a colour stands between key and value later.
+    A value whose key marks it as secret is masked here. In the rendered line a colour separates
+    the key and the value.
     """
     shown: EventDict = {}
     for key, value in event.items():
@@ -180,7 +175,7 @@ def _for_terminal(event: EventDict) -> EventDict:
 
 
 class _Shown:
-    """A value's text, which the renderer takes as it is."""
+    """A value's text, which the renderer does not quote or escape again."""
 
     def __init__(self, value: object) -> None:
         plain = isinstance(value, str) and value.isprintable() and not _QUOTED.intersection(value)
@@ -215,7 +210,7 @@ def _cut(text: str | float | None) -> str | float | None:
 
 
 class _StandardHandler(logging.Handler):
-    """Makes lines of the same kind from what libraries log."""
+    """Turns a library's log records into lines of the same form."""
 
     def __init__(self, processors: list[Processor], writer: LogWriter) -> None:
         super().__init__()

@@ -17,14 +17,15 @@ _writers: "weakref.WeakSet[LogWriter]" = weakref.WeakSet()
 
 
 class LogWriter:
-    """Takes lines from any thread at the price of an append; structlog's last link."""
+    """structlog's logger: any thread appends its lines to a queue, and a thread writes them."""
 
     def __init__(self, stream: IO[str] | None) -> None:
         self._stream = stream
-        # Lines in order, and between them events that are set once what is before them is out.
+        # Lines in order. Between them, each event is set when the lines before it are written.
         self._waiting: deque[str | threading.Event] = deque()
         self._dropped = 0
-        # Lines that the output refused, and whether the last one that it took was cut.
+        # How many lines the output has refused since it accepted one, why, and whether the last
+        # line in it was cut.
         self._lost = 0
         self._reason: str | None = None
         self._torn = False
@@ -45,7 +46,7 @@ class LogWriter:
     debug = info = warning = error = critical = msg
 
     def flush(self, timeout: float) -> bool:
-        """Wait until the lines so far are out, at most ``timeout`` seconds; say whether so."""
+        """Wait at most ``timeout`` seconds until the lines so far are written; return whether."""
         if self._thread is None:
             return True
         reached = threading.Event()
@@ -63,14 +64,14 @@ class LogWriter:
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
-                with suppress(RuntimeError):  # No thread can be started now; the next line tries.
+                with suppress(RuntimeError):  # No thread can be started; the next line tries again.
                     thread.start()
                     self._thread = thread
 
     def _run(self) -> None:
         while True:
             self._wake.wait()
-            # Cleared before the lines are taken: one that comes later wakes the thread again.
+            # Clear before taking lines, so that a later line wakes the thread again.
             self._wake.clear()
             while self._waiting:
                 self._write_batch()
@@ -92,7 +93,7 @@ class LogWriter:
         if self._stream is None:
             return
         told = [f"... {self._lost} log lines lost: {self._reason}"] if self._lost else []
-        # A line that was cut when the output began to refuse is ended first.
+        # End the line that was cut when the output began to refuse.
         start = "\n" if self._torn else ""
         data = (start + "\n".join([*told, *lines]) + "\n").encode("utf-8", "backslashreplace")
         try:
@@ -101,7 +102,7 @@ class LogWriter:
             except (OSError, AttributeError):  # a stream in memory
                 self._stream.write(data.decode())
                 return
-        except ValueError:  # It was closed by whoever made it.
+        except ValueError:  # Its owner closed it.
             self._stream = None
             return
         written, error = _write_all(descriptor, data)
@@ -109,11 +110,11 @@ class LogWriter:
             self._lost, self._torn = 0, False
             return
         if error.errno == errno.EBADF:
-            # Somebody closed the descriptor: what has its number next may be a connection.
+            # Somebody closed the descriptor. Its number may soon belong to a connection.
             self._stream = None
             return
-        # The disk is full, or the reader has gone. Jobs matter more than their lines; the next
-        # batch tries again.
+        # The disk is full, or the reader is gone. Jobs matter more than log lines, so the lines are
+        # counted as lost, and the next batch tries again.
         out = _lines_in(written - len(start), [*told, *lines])
         if out:
             self._lost = 0 if told else self._lost
@@ -122,14 +123,14 @@ class LogWriter:
         self._torn = data[written - 1 : written] != b"\n" if written else self._torn
 
     def forget(self) -> None:
-        """In a forked child: what waits is the parent's to write, and so was the thread."""
+        """Start afresh in a forked child: the waiting lines and the thread are the parent's."""
         self._waiting.clear()
         self._wake, self._lock = threading.Event(), threading.Lock()
         self._thread = None
 
 
 def _write_all(descriptor: int, data: bytes) -> tuple[int, OSError | None]:
-    """Write as much as the output takes: how many bytes, and why not all."""
+    """Write as much as the output accepts; return the number of bytes, and the error if any."""
     written = 0
     while written < len(data):
         try:
@@ -143,7 +144,7 @@ def _write_all(descriptor: int, data: bytes) -> tuple[int, OSError | None]:
 
 
 def _lines_in(size: int, lines: list[str]) -> int:
-    """How many of the lines are in so many bytes, whole."""
+    """Return how many of the lines are whole within so many bytes."""
     count = 0
     for line in lines:
         size -= len(line.encode("utf-8", "backslashreplace")) + 1

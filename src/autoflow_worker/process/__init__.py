@@ -1,4 +1,4 @@
-"""What concerns the process as a whole: its event loop, signals, forks, and its end.
+"""The process as a whole: its event loop, its signals, forks, and its end.
 
 Start at `signals`.
 """

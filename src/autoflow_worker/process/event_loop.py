@@ -12,19 +12,20 @@ T = TypeVar("T")
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine, on uvloop where there is one.
+    """Run a coroutine, on uvloop where it is installed.
 
-    The loop is not closed: that waits for handlers which swallow their cancellation, and for the
-    threads of those that called ``asyncio.to_thread``. The process ends next, and they with it.
+    The loop is not closed. Closing waits for handlers that swallow their cancellation, and for the
+    threads of ``asyncio.to_thread``. The process ends next, and with it all of them.
     """
     return asyncio.Runner(loop_factory=_loop_factory()).run(main)
 
 
 def run_to_its_end(main: Coroutine[Any, Any, T], on_escape: Callable[[BaseException], None]) -> T:
-    """As `run_async`; a callback that raises `SystemExit` or its like does not end the loop.
+    """Run a coroutine as `run_async` does, to its end, even if a callback raises `SystemExit`.
 
     Args:
-        on_escape: told what was raised; `main` is to end then.
+        main: has to end after a call of `on_escape`.
+        on_escape: called with what the callback raised: `SystemExit` or `KeyboardInterrupt`.
     """
     loop = asyncio.Runner(loop_factory=_loop_factory()).get_loop()
     task = loop.create_task(main)
@@ -40,7 +41,7 @@ def run_to_its_end(main: Coroutine[Any, Any, T], on_escape: Callable[[BaseExcept
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
-        import uvloop  # noqa: PLC0415 - there is none for Windows
+        import uvloop  # noqa: PLC0415 - not available on Windows
     except ImportError:
         return None
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop

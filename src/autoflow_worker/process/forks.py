@@ -1,9 +1,9 @@
-"""A child that a handler forks never runs the worker's event loop.
+"""Ends a process that a handler forked, before it runs the worker's event loop.
 
-`multiprocessing` and `os.fork` copy the whole process: the event loop, and the sockets to Redis and
-PostgreSQL. A child of `multiprocessing` runs its function and exits. A child of `os.fork` whose
-code returns from the handler, or awaits something, comes back into the loop; it would run other
-jobs a second time and write into its parent's connections. Such a child ends at once.
+`multiprocessing` and `os.fork` copy the whole process, with the event loop and the sockets to Redis
+and PostgreSQL. A child of `multiprocessing` runs its function and exits. A child of `os.fork` comes
+back into the loop if its code returns from the handler or awaits something. There it would run
+other jobs a second time and write into its parent's connections.
 """
 
 import asyncio
@@ -19,10 +19,11 @@ CAME_BACK: Final = 1
 
 
 class Forked:
-    """Whether this process is a child that was forked while a loop was guarded.
+    """Tells whether this process was forked while a loop was guarded.
 
     Attributes:
-        here: read where a handler's code returns into the worker's without the event loop.
+        here: whether it was; read where a handler returns without passing the event loop.
+        guarded: the parent's loop, and the id of the loop's thread.
     """
 
     here = False
@@ -32,7 +33,7 @@ class Forked:
 def guard_forks(loop: asyncio.AbstractEventLoop) -> None:
     """Make each child that this process forks end when it comes back into the loop.
 
-    To be called in the loop's thread.
+    Call it in the loop's thread.
     """
     _register()
     Forked.guarded = (loop, threading.get_ident())
@@ -59,18 +60,18 @@ def _in_child() -> None:
     Forked.here = True
     loop, loop_thread = Forked.guarded
     loop_in_child: Any = loop
-    # A thread that ends its work reports it so.
+    # A thread reports the end of its work by this method.
     loop_in_child.call_soon_threadsafe = end_of_child
     loop.set_exception_handler(end_of_child)
     if threading.get_ident() != loop_thread:
         return
     current = asyncio.current_task(loop)
-    if current is None:  # A bare callback: nothing is looked at when it ends.
+    if current is None:  # A bare callback: no check follows it.
         loop.call_soon(end_of_child)
     else:
         asyncio.tasks._leave_task(loop, current)  # noqa: SLF001 - named in asyncio's "Extending"
-    # asyncio checks at the end of a task's step that the task is still the loop's current one, and
-    # before each step that there is none; a failed check goes to the exception handler.
+    # At the end of a task's step asyncio checks that the task is still the loop's current one, and
+    # before each step that no other one is. A failed check calls the exception handler.
     nobody: Any = _Nobody()
     asyncio.tasks._enter_task(loop, nobody)  # noqa: SLF001
 

@@ -1,4 +1,4 @@
-"""The end of the process, whatever holds it."""
+"""Ends the process, whatever would keep it alive."""
 
 import atexit
 import os
@@ -15,10 +15,10 @@ EXIT_PATIENCE = 1.5
 
 
 def leave_process(code: int, message: str | None) -> NoReturn:
-    """End the process, whatever holds it: threads, exit hooks, an output that nobody reads.
+    """End the process, even if threads, exit hooks or a blocked output would keep it alive.
 
-    The interpreter is not taken down. It would wait for a blocked output once more, where nothing
-    can end that, and a handler that still runs in a thread would meet half an interpreter.
+    `os._exit` skips the interpreter's own shutdown. That would wait for a blocked output without a
+    limit, and take modules away from a handler that still runs in a thread.
     """
     _leave_after(EXIT_PATIENCE, code)
     flush_logs()
@@ -54,7 +54,7 @@ def _leave_after(seconds: float, code: int) -> None:
 
 
 def _end_children() -> None:
-    """End what handlers started with multiprocessing: their jobs were handed back."""
+    """End the processes that handlers started by multiprocessing: their jobs were handed back."""
     if "multiprocessing.process" in sys.modules:
         from multiprocessing import active_children  # noqa: PLC0415 - few handlers use it
 

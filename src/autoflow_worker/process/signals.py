@@ -1,8 +1,8 @@
 """Signals as requests: stop, stop at once, tell what runs.
 
-| signal | does |
+| signal | effect |
 |---|---|
-| SIGTERM, SIGINT | stop; when it comes again a second later or more: stop at once |
+| SIGTERM, SIGINT | stop; another one, a second later or more: stop at once |
 | SIGHUP, SIGQUIT | stop |
 | SIGUSR1 | print the stacks of all threads, and what runs |
 | SIGUSR2 | nothing |
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
 from enum import Enum
 from functools import cache
 from types import FrameType
@@ -35,14 +34,14 @@ IGNORED: Final = signal.SIGUSR2
 SIGNALS: Final = (*STOP_OR_ABORT, *STOP, TELL, IGNORED)
 
 SAME_WITHIN: Final = 1.0
-"""Seconds in which a further signal is the same request: make and supervisors signal a whole
-process group, and each process passes the signal on to the next."""
+"""Seconds within which another signal is the same request. make and supervisors signal a whole
+process group, and each process of it passes the signal on."""
 
 EARLY_GRACE: Final = 25.0
-"""Seconds that the imports may go on after a signal."""
+"""Seconds that the imports may take after a request to stop."""
 
 BEAT: Final = 0.5
-"""Seconds after which a loop that turns puts its end off again."""
+"""Seconds between two times at which a running loop puts the watchdog off."""
 
 
 class Request(Enum):
@@ -56,44 +55,43 @@ class Request(Enum):
 
 
 class Requests:
-    """Makes requests of signals."""
+    """Turns signals into requests.
+
+    Attributes:
+        first: the signal that asked to stop, and when; ``None``: no signal did yet.
+    """
 
     def __init__(self) -> None:
-        self.stopping = False
-        self._since = 0.0
+        self.first: tuple[int, float] | None = None
 
     def of(self, number: int, now: float) -> Request:
-        """What this signal asks for, after those before.
+        """Return what this signal asks for, after the earlier ones.
 
         Args:
             number: the signal.
-            now: seconds of a clock that never goes back.
+            now: seconds of a monotonic clock.
         """
         if number == TELL:
             return Request.TELL
         if number == IGNORED:
             return Request.NOTHING
-        if not self.stopping:
-            self.stopping = True
-            self._since = now
+        if self.first is None:
+            self.first = (number, now)
             return Request.STOP
-        if number in STOP or now - self._since < SAME_WITHIN:
+        if number in STOP or now - self.first[1] < SAME_WITHIN:
             return Request.SAME
         return Request.ABORT
 
 
-class _Held:
-    """Signals that came before there was a loop to take them."""
-
-    requests = Requests()
-    first: int | None = None
+_early = Requests()
+"""The signals that came before an event loop was there to handle them."""
 
 
 def hold_signals() -> None:
-    """Remember a request to stop for ``stop_on_signals``; a second one ends the process.
+    """Keep a request to stop for ``stop_on_signals``; let a request to abort end the process.
 
-    Without it, a SIGTERM during the imports would end the process as killed, though nothing runs
-    yet that could be lost.
+    Without this, a SIGTERM during the imports would end the process as killed, although nothing
+    runs yet.
     """
     _register()
     for number in _not_ignored():
@@ -102,15 +100,14 @@ def hold_signals() -> None:
 
 
 def _not_ignored() -> Sequence[signal.Signals]:
-    """`nohup` has SIGHUP ignored, so that the worker outlives its terminal."""
+    # `nohup` ignores SIGHUP, so that the worker outlives its terminal.
     return [n for n in SIGNALS if n not in STOP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def _hold(number: int, _frame: FrameType | None) -> None:
     now = time.monotonic()
-    request = _Held.requests.of(number, now)
+    request = _early.of(number, now)
     if request is Request.STOP:
-        _Held.first = number
         watchdog.end_at(now + EARLY_GRACE + watchdog.PATIENCE)
     elif request is Request.ABORT:
         signal.signal(number, signal.SIG_DFL)
@@ -123,21 +120,22 @@ def stop_on_signals(
 ) -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
     """Yield two events: ``stop`` is set by the first signal, ``abort`` by a later one.
 
-    Has to be entered in the main thread, where the event loop runs. The traps:
+    Enter it in the main thread, where the event loop runs. Why it is as it is:
 
-    - A handler of ``add_signal_handler`` runs only when the loop turns; one of ``signal.signal``
-      runs in a blocked loop too, unless that is deep in foreign C, in the middle of anything. So
-      the latter only takes the time and arms the watchdog, and has the loop do the rest. Where even
-      that does not run, a thread arms the watchdog.
-    - ``asyncio.Runner`` cancels the main task on SIGINT, unless SIGINT has another handler than
-      Python's default; ours replaces its for as long as this lasts.
-    - A signal that is ignored, rather than handled, would be ignored by every program that a
-      handler starts.
+    - A handler of ``add_signal_handler`` runs only when the loop does. A handler of
+      ``signal.signal`` also runs while the loop is blocked, between any two bytecodes. So the
+      latter only takes the time, arms the watchdog and leaves the rest to the loop.
+    - No Python handler runs while the main thread is deep in foreign C. There a thread arms the
+      watchdog.
+    - ``asyncio.Runner`` cancels the main task on SIGINT, but only if SIGINT has Python's default
+      handler. Ours replaces that handler meanwhile.
+    - Programs that a handler starts inherit an ignored signal, but not a handled one. So SIGUSR2
+      is handled.
 
     Args:
-        grace: seconds from the signal to the deadline. A loop that is blocked `watchdog.PATIENCE`
-            past that ends the process. None: it may be blocked for ever.
-        tell: called by the loop at SIGUSR1.
+        grace: seconds from the signal to the deadline. The watchdog ends a loop that is blocked
+            `watchdog.PATIENCE` seconds past the deadline. ``None``: no watchdog.
+        tell: the loop calls it at SIGUSR1.
     """
     _register()
     taker = _Taker(asyncio.get_running_loop(), grace, tell)
@@ -146,21 +144,21 @@ def stop_on_signals(
     for number in previous:
         signal.signal(number, taker.on_signal)
     watchdog.print_stacks_on(TELL)
-    if _Held.first is not None:
-        taker.on_held(_Held.requests, _Held.first)
+    if _early.first is not None:
+        taker.begin_with(_early.first)
     try:
         yield taker.stop, taker.abort
     finally:
         taker.close()
         watchdog.stop_printing_on(TELL)
-        _Held.requests, _Held.first = Requests(), None
+        _early.first = None
         for number, handler in previous.items():
-            # None: a handler that was not installed from Python, and can't be brought back.
+            # None: C code installed the handler, and Python can't restore it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class _Taker:
-    """Takes signals while a loop runs."""
+    """Handles signals while a loop runs."""
 
     def __init__(
         self,
@@ -178,7 +176,7 @@ class _Taker:
         self._listener = None if grace is None else _Listener(grace)
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """The handler: runs in the main thread, in the middle of anything."""
+        """Handle a signal, in the main thread, between any two bytecodes."""
         now = time.monotonic()
         request = self._requests.of(number, now)
         if request is Request.STOP:
@@ -189,14 +187,14 @@ class _Taker:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._take, number, request)
 
-    def on_held(self, requests: Requests, number: int) -> None:
-        """Go on with what was asked before there was a loop."""
+    def begin_with(self, early: tuple[int, float]) -> None:
+        """Go on with the request to stop that came before there was a loop."""
         watchdog.call_off()
-        self._requests = requests
+        self._requests.first = early
         if self._listener is not None:
-            self._listener.requests = copy(requests)
+            self._listener.requests.first = early
         self._arm(time.monotonic() + (self._grace or 0.0))
-        self._take(number, Request.STOP)
+        self._take(early[0], Request.STOP)
 
     def close(self) -> None:
         if self._beat is not None:
@@ -232,20 +230,20 @@ class _Taker:
                     self._tell()
 
     def _keep_alive(self) -> None:
-        """A loop that turns past the deadline is not blocked: whoever closes has own limits."""
+        """Put the watchdog off while the loop runs: closing, past the deadline, has own limits."""
         if self._grace is None:
             return
-        # The thread may have counted the seconds between two signals otherwise.
+        # The listener may have seen a signal late and counted it as an abort, unlike the loop.
         watchdog.put_off(max(self._deadline, time.monotonic()) + watchdog.PATIENCE)
         self._beat = self._loop.call_later(BEAT, self._keep_alive)
 
 
 class _Listener:
-    """A thread that arms the watchdog where the main thread is deep in foreign C.
+    """A thread that arms the watchdog while the main thread is deep in foreign C.
 
-    Python's handlers do not run there, but the signal's number goes to the wake-up descriptor, and
-    a thread can read it if that C has released the GIL. Each number is passed on to the descriptor
-    that was set before, the event loop's.
+    Python's handlers do not run there. But the signal's number goes to the wake-up descriptor, and
+    this thread reads it, if the C code has released the GIL. It passes each number on to the
+    descriptor that was set before, which is the event loop's.
 
     Args:
         grace: seconds from the signal to the deadline.
@@ -257,19 +255,19 @@ class _Listener:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._loops = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        # A copy: the loop closes its own when it is left.
+        # Duplicated, as the loop closes its own descriptor when it ends.
         self._copy = None if self._loops == -1 else os.dup(self._loops)
         self._thread = threading.Thread(target=self._listen, name="signal-listener", daemon=True)
-        # RuntimeError: no thread can be started. The loop's handlers have to do.
+        # RuntimeError: no thread can be started. Python's handlers have to do.
         with suppress(RuntimeError):
             self._thread.start()
         if self._thread.ident is None:
-            self._give_back()
+            self._restore()
 
     def close(self) -> None:
-        """Give the wake-up descriptor back."""
-        self._give_back()
-        # Closing it would do nothing while a forked child has it, too.
+        """Restore the wake-up descriptor and end the thread."""
+        self._restore()
+        # Not `close`, which has no effect while a forked child has the descriptor too.
         self._writer.shutdown(socket.SHUT_WR)
         if self._thread.ident is not None:
             self._thread.join()
@@ -278,7 +276,7 @@ class _Listener:
         if self._copy is not None:
             os.close(self._copy)
 
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         current = signal.set_wakeup_fd(-1)
         before = self._loops if current == self._writer.fileno() else current
         if before != -1:
@@ -294,13 +292,13 @@ class _Listener:
                 elif request is Request.ABORT:
                     watchdog.end_at(now + watchdog.PATIENCE)
             if self._copy is not None:
-                # BlockingIOError: it is full of numbers already. BrokenPipeError: it was closed.
+                # BlockingIOError: it is full of numbers. BrokenPipeError: the loop closed it.
                 with suppress(OSError):
                     os.write(self._copy, numbers)
 
 
 class _Fork(threading.local):
-    """The signals that the thread which forks had blocked before."""
+    """The signals that the forking thread had blocked before."""
 
     blocked: Iterable[int] = ()
 
@@ -314,8 +312,8 @@ def _register() -> None:
 
 
 def _before_fork() -> None:
-    # A signal to a child that does not have its own handlers yet would be lost, and its byte would
-    # go to the parent's loop.
+    # A child that has our handlers still would lose a signal, and write its number to the
+    # parent's loop.
     _fork.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
@@ -324,9 +322,9 @@ def _after_fork() -> None:
 
 
 def _in_child() -> None:
-    """A signal to a forked child is the child's, which has neither our loop nor our handlers.
+    """Give a forked child Python's own handlers: it has no loop that could act on a signal.
 
-    Its wake-up descriptor is the parent's: a signal to the child would wake the parent's loop.
+    Its wake-up descriptor is the parent's, so a signal to the child would wake the parent's loop.
     """
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:

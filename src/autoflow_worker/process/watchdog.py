@@ -1,8 +1,8 @@
-"""The end of a process that does not end by itself, with the stacks of its threads.
+"""Ends a process that does not end by itself, and prints the stacks of its threads.
 
-A blocked event loop does nothing at its deadline. `faulthandler` does: its timer is a thread of C
-that needs no GIL. It is armed by a signal handler; Python runs those in the main thread between
-bytecodes, and in system calls such as those of `time.sleep`, of sockets and of locks.
+A blocked event loop does nothing at its deadline. `faulthandler` does, as its timer is a C thread
+that needs no GIL. A signal handler arms the timer. Python runs signal handlers in the main thread,
+between bytecodes and in system calls such as those of `time.sleep`, sockets and locks.
 """
 
 import faulthandler
@@ -16,18 +16,18 @@ from functools import cache
 from typing import Final
 
 PATIENCE: Final = 2.0
-"""Seconds past a deadline after which a blocked process ends."""
+"""Seconds past the deadline after which a blocked process ends."""
 
 
 @cache
 def stderr_descriptor() -> int:
-    """A descriptor for stacks, which never blocks where that can be had.
+    """Return a descriptor to print stacks to, which does not block where Linux allows that.
 
-    A pipe that nobody reads would hold the process that is to end. Linux opens a pipe or a terminal
-    a second time under `/proc`, with flags of its own.
+    A pipe that nobody reads would block the process that has to end. Under `/proc`, Linux opens a
+    pipe or a terminal a second time, with its own flags.
     """
     if sys.stderr is None:
-        # Descriptor 2 may be anything by now, a connection to Redis too.
+        # Descriptor 2 may be anything by now, even a connection to Redis.
         return os.open(os.devnull, os.O_WRONLY)
     with suppress(OSError):
         mode = os.fstat(2).st_mode
@@ -37,12 +37,12 @@ def stderr_descriptor() -> int:
 
 
 def leave_stacks() -> None:
-    """Print the stacks of all threads when the process dies by a fault, such as a segfault."""
+    """Print the stacks of all threads when the process crashes, as by a segfault."""
     faulthandler.enable(file=stderr_descriptor())
 
 
 def print_stacks_on(number: signal.Signals) -> None:
-    """Print the stacks of all threads at a signal, blocked or not, before its own handler runs."""
+    """Print the stacks of all threads at a signal, even if it is blocked, before its handler."""
     faulthandler.register(number, file=stderr_descriptor(), chain=True)
 
 
@@ -52,7 +52,7 @@ def stop_printing_on(number: signal.Signals) -> None:
 
 
 class _Timer:
-    """faulthandler has one timer."""
+    """When faulthandler's only timer ends the process, by `time.monotonic`."""
 
     ends_at: float | None = None
 
@@ -60,7 +60,7 @@ class _Timer:
 def end_at(deadline: float) -> None:
     """End the process with exit code 1 and all stacks at a time of `time.monotonic`.
 
-    Replaces what was set before. May be called in a signal handler.
+    Replaces an earlier deadline. A signal handler may call it.
     """
     _register()
     _Timer.ends_at = deadline
@@ -68,13 +68,13 @@ def end_at(deadline: float) -> None:
 
 
 def put_off(deadline: float) -> None:
-    """End the process at this time at the earliest, if it is to end."""
+    """Move an earlier deadline, if there is one, to this time."""
     if _Timer.ends_at is not None and _Timer.ends_at < deadline:
         end_at(deadline)
 
 
 def call_off() -> None:
-    """Let the process live."""
+    """Cancel the deadline."""
     _Timer.ends_at = None
     faulthandler.cancel_dump_traceback_later()
 
@@ -89,8 +89,8 @@ def _start() -> None:
 
 @cache
 def _register() -> None:
-    # A forked child has the lock of the timer's thread, and not the thread: it would wait for that
-    # when it cancels the timer, as every Python does at its exit.
+    # A forked child inherits the lock of the timer's thread, but not the thread. Python cancels
+    # the timer at exit, and the child would wait for that thread.
     os.register_at_fork(
         before=faulthandler.cancel_dump_traceback_later,
         after_in_parent=_start,
