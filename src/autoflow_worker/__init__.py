@@ -16,7 +16,7 @@ try:
         define_task,
     )
 except ImportError as error:
-    # bullmq 3.0 lacks names that are passed on here.
+    # bullmq 3.0 lacks names that are re-exported here.
     if mismatch := mismatch_of_import(error):
         raise mismatch from None
     raise
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # A module of tasks needs none of what this one imports: the clients of both servers.
+    # Imported on demand: it imports both servers' clients, which a module of tasks does not need.
     if name == "TaskScheduler":
         from autoflow_worker.scheduling.scheduler import TaskScheduler  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose, and the exit code it ends the process with."""
+"""Every error that this package raises on purpose, and the exit code that it leads to."""
 
 from collections.abc import Sequence
 
@@ -13,15 +13,15 @@ class WorkerError(Exception):
 
 
 class PartDiedError(WorkerError):
-    """A part of the worker ended unasked."""
+    """A part of the worker ended unexpectedly."""
 
 
 class TaskBrokenError(WorkerError):
-    """A task's attempts break in the worker itself, again and again."""
+    """A task's attempts break in the worker itself, one after the other."""
 
 
 class LibraryMismatchError(WorkerError):
-    """An installed library is not of the version that this package was made for."""
+    """An installed library does not have the version that this package needs."""
 
 
 class SettingsError(WorkerError):
@@ -45,7 +45,7 @@ class TaskListError(WorkerError):
 
 
 class MissingExtraError(WorkerError):
-    """A part of the extra `embedded` is needed, and not installed."""
+    """A package of the extra `embedded` is needed and not installed."""
 
     exit_code = 2
 
@@ -88,7 +88,7 @@ class DatabaseRefusedError(DatabaseUnavailableError):
 
 
 class DatabaseUnfitError(WorkerError):
-    """PostgreSQL answers, but does not take what has to be recorded."""
+    """PostgreSQL answers, but can't record the jobs' statuses."""
 
     exit_code = 3
 

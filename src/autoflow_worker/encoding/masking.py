@@ -1,30 +1,30 @@
-"""Passwords, tokens and keys out of texts that people read: rows, log lines, messages."""
+"""Masks passwords, tokens and keys in texts that people read: rows, log lines, messages."""
 
 import re
 
 MASK = "***"
 
-# A key ends with one of these: client_secret, accessToken, X-Api-Key. A longer word does not:
-# token_count, secretary, author.
+# A secret's key ends with one of these words: client_secret, accessToken, X-Api-Key. A key that
+# goes on after the word is not secret: token_count, secretary, author.
 _KEY = (
     "password|passphrase|passwd|pwd|token|secret(?:[_-]?key)?|authorization|cookie|jwt|"
     "api[_-]?key|access[_-]?key|auth[_-]?key|encryption[_-]?key|private[_-]?key|signing[_-]?key"
 )
-# What a secret may stand behind, in a text of lower case. Each alternative begins with a letter of
-# its own, not with a group: only then does the search skip what begins no alternative.
+# What may precede a secret, in lower case. Each alternative begins with a literal, not with a
+# group. Only then does the regex engine skip characters that begin no alternative.
 _START = re.compile(rf"://|bearer |x-[a-z-]{{0,30}}(?:key|token|secret)|{_KEY}")
-# One of these is in every text that _START finds something in.
+# Every text in which _START matches contains one of these.
 _HINTS = (
     *("://", "pass", "pwd", "token", "secret", "key"),
     *("authorization", "cookie", "jwt", "bearer "),
 )
 
-# Each is tried where _START has found what it stands behind; its group `shown` is left. None looks
-# past the next such place, so the time is linear in the text's length.
+# Each pattern is tried directly after a match of _START; its group `shown` stays. No pattern reads
+# past the next match, so the time is linear in the text's length.
 
-# user:password@host. To the last @ of the word, for an @ or / that should have been
-# percent-encoded; with quotes in it only if there is no @ before them. What a path, a query or a
-# quote ends is a port.
+# user:password@host. The password reaches to the last @ of the word, as an @ or / in it may not be
+# percent-encoded. It contains quotes only if no @ precedes them. Digits before a path, a query or a
+# quote are a port.
 _IN_URL = re.compile(
     r"""
     (?P<shown> [^\s/:@"'<>]* : )
@@ -33,9 +33,9 @@ _IN_URL = re.compile(
     """,
     re.VERBOSE,
 )
-# password=..., as in a conninfo or a query; 'password': '...', as in a printed dict or JSON, or
-# \"password\": \"...\", as in JSON inside of JSON. A quote that another of these follows was never
-# closed. Numbers are secrets too; null, true, lists and objects are not.
+# password=..., as in a conninfo or a query; 'password': '...', as in a printed dict or JSON;
+# \"password\": \"...\", as in JSON within JSON. A quoted value ends before another such key, as its
+# quote was never closed. Numbers are secrets too, but not null, true, lists and objects.
 _OF_KEY = re.compile(
     rf"""
     (?P<shown> (?: [ \t]*=(?!=)[ \t]* | \\{{0,3}}['"][ \t]*:[ \t]*(?=b?\\{{0,3}}['"]|-?\d) )
@@ -60,7 +60,7 @@ _OF_AUTHORIZATION = re.compile(
 )
 _OF_COOKIE = re.compile(r"(?P<shown>[ ]*:[ ]*)(?=[^\s=;:'\"]{1,64}=)[^\r\n'\"\\]++")
 _OF_HEADER = re.compile(r"(?P<shown>[ ]*:[ ]*)[^\s'\",;\\]++")
-# "The bearer of this" goes on in words: a digit or a length tells a token.
+# A digit or a length of 16 tells a token from a word, as in "the bearer of this".
 _OF_BEARER = re.compile(
     r"(?P<shown>[ ]*)(?=[\w.~+/=-]{0,63}\d|[\w.~+/=-]{16})[\w.~+/=-]++", re.ASCII
 )
@@ -75,14 +75,14 @@ _ASCII_LOWER = {ord(upper): upper.lower() for upper in "ABCDEFGHIJKLMNOPQRSTUVWX
 
 
 def mask_secrets(text: str) -> str:
-    """Return the text with every secret in it replaced by `***`.
+    """Return the text with `***` in place of every secret.
 
-    A secret is a password in a URL, or what stands under a key such as `password`, `api_key`,
+    A secret is a password in a URL, or the value of a key such as `password`, `api_key`,
     `accessToken`, `client_secret` or `Authorization` in a conninfo, query, printed dict, JSON or
-    header. Where a text can be read in two ways, more of it is masked, not less.
+    header. An ambiguous text is masked rather too much than too little.
     """
     lower = text.lower()
-    # Most texts hold nothing of the kind, and this costs a tenth of the search.
+    # Most texts hold no secret, and this test takes a tenth of the search's time.
     for hint in _HINTS:
         if hint in lower:
             return _masked(text, lower)

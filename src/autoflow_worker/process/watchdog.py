@@ -51,10 +51,14 @@ def stop_printing_on(number: signal.Signals) -> None:
     faulthandler.unregister(number)
 
 
-class _Timer:
-    """When faulthandler's only timer ends the process, by `time.monotonic`."""
+class Deadline:
+    """When faulthandler's only timer ends the process.
 
-    ends_at: float | None = None
+    Attributes:
+        at: a time of `time.monotonic`; ``None``: never.
+    """
+
+    at: float | None = None
 
 
 def end_at(deadline: float) -> None:
@@ -63,25 +67,25 @@ def end_at(deadline: float) -> None:
     Replaces an earlier deadline. A signal handler may call it.
     """
     _register()
-    _Timer.ends_at = deadline
+    Deadline.at = deadline
     _start()
 
 
 def put_off(deadline: float) -> None:
     """Move an earlier deadline, if there is one, to this time."""
-    if _Timer.ends_at is not None and _Timer.ends_at < deadline:
+    if Deadline.at is not None and Deadline.at < deadline:
         end_at(deadline)
 
 
 def call_off() -> None:
     """Cancel the deadline."""
-    _Timer.ends_at = None
+    Deadline.at = None
     faulthandler.cancel_dump_traceback_later()
 
 
 def _start() -> None:
-    if _Timer.ends_at is not None:
-        left = max(_Timer.ends_at - time.monotonic(), 0.001)
+    if Deadline.at is not None:
+        left = max(Deadline.at - time.monotonic(), 0.001)
         # RuntimeError: no thread can be started.
         with suppress(RuntimeError):
             faulthandler.dump_traceback_later(left, exit=True, file=stderr_descriptor())
@@ -99,4 +103,4 @@ def _register() -> None:
 
 
 def _forget() -> None:
-    _Timer.ends_at = None
+    Deadline.at = None

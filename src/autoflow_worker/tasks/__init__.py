@@ -1,4 +1,4 @@
-"""What a task's author touches: the definition, its options and payload, and the list of tasks.
+"""What a task's author uses: the definition, its options and payload, and the list of tasks.
 
 Start at `definition`.
 """

@@ -1,11 +1,11 @@
-"""What a task's author touches: ``define_task`` and the objects around it."""
+"""``define_task``, and the objects that a task's author meets."""
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-# A handler raises these to say what became of its job; they are BullMQ's own.
+# BullMQ's own exceptions: a handler raises them to delay, fail or park its job.
 from bullmq.custom_errors import DelayedError, UnrecoverableError, WaitingChildrenError
 from pydantic import TypeAdapter
 
@@ -44,11 +44,14 @@ P = TypeVar("P")
 class TaskOptions:
     """How a task's jobs run.
 
+    ``TaskScheduler`` writes the first three into the jobs that it adds. Jobs of other producers
+    bring their own.
+
     Attributes:
-        priority: of the jobs that ``TaskScheduler`` adds.
-        max_attempts: of the jobs that ``TaskScheduler`` adds; a job's own number decides.
-        backoff_ms: first wait before a retry, doubled each time; of jobs from ``TaskScheduler``.
-        timeout_ms: time limit of one attempt; ``None``: no limit.
+        priority: which of the queue's jobs run first.
+        max_attempts: how often a job runs at most.
+        backoff_ms: milliseconds before the first retry, doubled before each further one.
+        timeout_ms: time limit of one attempt in milliseconds; ``None``: no limit.
         concurrency: jobs of this task at once in one process; ``None``: WORKER_CONCURRENCY.
     """
 
@@ -60,14 +63,14 @@ class TaskOptions:
 
 
 class TaskContext:
-    """What a handler is told about its job, besides the payload.
+    """What a handler gets to know about its job, besides the payload.
 
     Attributes:
-        task_id: the job's id, which is the id of its row.
-        correlation_id: passed on by the producer, or generated.
+        task_id: the job's id, which is also the id of its row.
+        correlation_id: the producer's, or a generated one.
         queue_name: the queue, which is the task's name.
-        attempt: number of this run, from 1.
-        max_attempts: how many runs the job has at most.
+        attempt: the number of this attempt, from 1.
+        max_attempts: how many attempts the job has at most.
     """
 
     __slots__ = (
@@ -101,14 +104,14 @@ class TaskContext:
 
     @property
     def job(self) -> "Job":
-        """The bullmq ``Job``, for progress, logs, children and moving it; made when asked for."""
+        """The bullmq ``Job``, for progress, logs, children and moves; made at the first access."""
         if self._job is None and self._make_job is not None:
             self._job = self._make_job()
         return self._job
 
     @property
     def logger(self) -> "FilteringBoundLogger":
-        """A structlog logger bound to all of these, made when it is asked for."""
+        """A structlog logger that is bound to this context's attributes; made at each access."""
         return job_logger(
             task_id=self.task_id,
             queue_name=self.queue_name,
@@ -127,7 +130,7 @@ class TaskDefinition(Generic[P]):
         handler: called with the payload and a ``TaskContext``.
         options: how its jobs run.
         worker_options: BullMQ worker options, checked.
-        is_async: whether the handler is awaited; if not, it runs in a thread.
+        is_async: whether the handler is awaited; a handler that is not runs in a thread.
         payload_adapter: pydantic's validator, ``None`` for the plain JSON object.
     """
 
@@ -139,7 +142,7 @@ class TaskDefinition(Generic[P]):
     payload_adapter: TypeAdapter[P] | None = field(repr=False)
 
     def parse_payload(self, data: dict[str, object]) -> P:
-        """Return the payload that a job's data holds, without its ``correlationId``.
+        """Return the payload from a job's data, which comes without its ``correlationId``.
 
         Raises:
             PayloadError: the data does not validate; the message names the fields.
@@ -160,16 +163,16 @@ def define_task(
     Args:
         queue_name: the queue, which is the task's name.
         handler: ``async def`` or ``def``, called with ``(payload, ctx)``; a ``def`` runs in a
-            thread, and if it returns an awaitable, as a decorator's wrapper may, that is awaited.
-            What it returns is the job's output, what it raises fails the attempt.
+            thread. If it returns an awaitable, as a decorator's wrapper may, that is awaited. Its
+            return value is the job's output; an exception fails the attempt.
         options: priority, attempts, backoff, time limit, concurrency.
-        payload: the payload's type, if the handler's annotation does not say it: anything that
-            pydantic's ``TypeAdapter`` takes, or such an adapter. Without either, the handler gets
-            the plain JSON object.
+        payload: the payload's type, where the handler has no annotation for it: any type that
+            pydantic's ``TypeAdapter`` takes, or an adapter. Without both, the handler gets the
+            plain JSON object.
         worker_options: BullMQ worker options, by their BullMQ names.
 
     Raises:
-        TaskListError: an argument makes no sense; the message names the queue and the argument.
+        TaskListError: an argument is invalid; the message names the queue and the argument.
     """
     _check_queue_name(queue_name)
     _check_handler(queue_name, handler)
@@ -207,7 +210,7 @@ def _adapter(queue_name: str, handler: Callable[..., object], payload: Any) -> A
 def _check_queue_name(queue_name: object) -> None:
     if not isinstance(queue_name, str) or not queue_name.strip():
         raise TaskListError(f"define_task: queue_name must be a name, not {queue_name!r}")
-    # A colon is fine: Node 5+ refuses it in new names, and older queues carry one.
+    # A colon is allowed: BullMQ 5 for Node refuses it in new names, but older queues have one.
     if not queue_name.isprintable():
         raise TaskListError(f"define_task: queue_name {queue_name!r} has a control character")
 
@@ -223,7 +226,7 @@ def _check_handler(queue_name: str, handler: object) -> None:
         raise refuse("must return its result, not yield it")
     try:
         signature = inspect.signature(handler)
-    except ValueError:  # a builtin that does not tell its parameters
+    except ValueError:  # a builtin without a signature
         return
     try:
         signature.bind(object(), object())

@@ -1,4 +1,4 @@
-"""From ``module:attribute`` to a checked list of tasks."""
+"""Imports the task list that ``module:attribute`` names, and checks it."""
 
 import importlib
 import os
@@ -30,7 +30,7 @@ def load_tasks(target: str, queues: Collection[str] | None = None) -> list[TaskD
         queues: the queues to keep; ``None`` keeps all of them.
 
     Raises:
-        TaskListError: there is no such list, or something in it is not right.
+        TaskListError: the list does not exist, or an item of it is invalid.
     """
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
@@ -48,7 +48,7 @@ def load_tasks(target: str, queues: Collection[str] | None = None) -> list[TaskD
 
 
 def _import(target: str, module_name: str) -> Any:
-    # A console script has its own directory at the front of sys.path, not the working directory.
+    # For a console script, sys.path begins with the script's directory, not the working directory.
     cwd = str(Path.cwd())
     if cwd not in sys.path:
         sys.path.insert(0, cwd)
@@ -71,7 +71,7 @@ def _import(target: str, module_name: str) -> Any:
 
 
 def _import_fault(target: str, error: BaseException) -> str:
-    # A SyntaxError's own text holds the place too, without the folder.
+    # str() of a SyntaxError adds the place, but without the folder.
     text = str(error.msg if isinstance(error, SyntaxError) else error)
     lines = text.strip().splitlines()
     what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -79,7 +79,7 @@ def _import_fault(target: str, error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Return " (file, line n)" of the user's code, where one looks first."""
+    """Return " (file, line n)" of the last line of the user's code."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({_short(error.filename)}, line {error.lineno})"
     package = str(Path(__file__).parents[1]) + os.sep
@@ -88,7 +88,7 @@ def _place(error: BaseException) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith((package, "<"))
     ]
-    # What the user's module called may be a library: the last line of their own tells more.
+    # The user's module may have called a library. Its own last line tells more.
     own = [frame for frame in frames if not _is_library(frame.filename)]
     if not own:
         return ""

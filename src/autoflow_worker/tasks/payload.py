@@ -1,4 +1,4 @@
-"""What type a task's payload has, and how a job's data becomes a value of it."""
+"""Finds the type of a task's payload, and validates a job's data against it."""
 
 import functools
 import inspect
@@ -14,11 +14,11 @@ from pydantic_core import ErrorDetails
 
 from autoflow_worker.errors import PayloadError
 
-#: What a payload's message may hold: so many faults, so many characters for each, and in all.
+#: Limits of an error's message: faults, characters of each fault, and characters in all.
 MAX_FAULTS = 20
 MAX_FAULT_LENGTH = 200
 MAX_MESSAGE_LENGTH = 2_000
-# Above this, describing the faults one by one would hold up the neighbours of a hostile job.
+# The most faults that are described one by one: more of them would block the event loop.
 _MAX_DESCRIBED = 5_000
 _MAX_PART_LENGTH = 64
 
@@ -27,7 +27,7 @@ _PLAIN_MAPPINGS = (Mapping[str, Any], Mapping[str, object])
 
 
 def underlying_function(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function whose code runs: under partials, or a callable object's ``__call__``."""
+    """Return the function under partials, or the ``__call__`` of a callable object."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     if inspect.isroutine(handler) or inspect.isclass(handler):
@@ -39,23 +39,23 @@ def payload_annotation(handler: Callable[..., Any]) -> Any:
     """Return the annotation of a handler's first parameter, ``Any`` if there is none.
 
     Raises:
-        NameError: and others that a textual annotation raises when it is evaluated.
+        NameError: or another exception, from the evaluation of an annotation in quotes.
     """
     try:
         parameters = list(inspect.signature(handler).parameters.values())
-    except ValueError:  # a builtin that does not tell its parameters
+    except ValueError:  # a builtin without a signature
         return Any
     if not parameters or parameters[0].annotation is inspect.Parameter.empty:
         return Any
     first = parameters[0]
-    # Only this one is evaluated: the others' names may exist for type checkers alone.
+    # Evaluate only this annotation: the others' names may exist for type checkers alone.
     holder = types.SimpleNamespace(__annotations__={first.name: first.annotation})
     namespace = getattr(inspect.unwrap(underlying_function(handler)), "__globals__", {})
     return typing.get_type_hints(holder, globalns=namespace, include_extras=True)[first.name]
 
 
 def payload_adapter(annotation: Any) -> TypeAdapter[Any] | None:
-    """Return pydantic's validator of a type; ``None`` where any JSON object will do.
+    """Return pydantic's validator of a type; ``None`` if any JSON object is valid.
 
     Raises:
         Exception: pydantic's, when it can't validate the type.
@@ -85,24 +85,24 @@ def parse(adapter: TypeAdapter[Any] | None, data: object) -> Any:
     except ValidationError as error:
         return _parse_as_json(adapter, data, error)
     except BaseException as error:
-        # A validator that raises something else, SystemExit among it, does so on every attempt.
+        # A validator that raises another exception, even SystemExit, does so on every attempt.
         raise PayloadError(
             f"payload does not validate: its validation raised {type(error).__name__}"
         ) from error
 
 
 def _parse_as_json(adapter: TypeAdapter[Any], data: object, error: ValidationError) -> Any:
-    """Validate once more, by the rules for JSON.
+    """Validate again, by pydantic's rules for JSON.
 
-    A strict model takes a date, an enum or a tuple from JSON only: in Python it would have to be
-    one already. Jobs come as JSON, so this is what their types mean. Tried second because most
-    types know no difference, and making the text again costs more than all the rest.
+    A strict model takes a date, an enum or a tuple from JSON text, but not from a Python string or
+    list. Jobs arrive as JSON, so the rules for JSON decide. They come second, since most types
+    make no difference, and to encode the data again takes longest.
     """
     try:
         return adapter.validate_json(_as_json(data))
     except ValidationError as json_error:
         error = json_error
-    except BaseException:  # noqa: S110 - what JSON can't carry: the first error stands
+    except BaseException:  # noqa: S110 - the data is no JSON: the first error stays
         pass
     raise PayloadError("payload does not validate: " + _describe(error)) from error
 
@@ -118,7 +118,7 @@ def _describe(error: ValidationError) -> str:
     count = error.error_count()
     if count > _MAX_DESCRIBED:
         return f"{count} faults in {error.title[:_MAX_PART_LENGTH]}"
-    # Without the inputs: they may be secret or huge, and this text is kept in two stores.
+    # Leave out the inputs: they may be secret or huge, and both stores keep this text.
     details = error.errors(include_url=False, include_context=False, include_input=False)
     lines: list[str] = []
     length = 0

@@ -92,8 +92,8 @@ async def test_a_loop_that_turns_is_not_ended() -> None:
         await until(stop.is_set)
         # As the thread does that reads signals, if it counts an abort where the loop does not.
         watchdog.end_at(time.monotonic() + watchdog.PATIENCE)
-        await until(lambda: (watchdog._Timer.ends_at or 0) > time.monotonic() + 100)
-    assert watchdog._Timer.ends_at is None
+        await until(lambda: (watchdog.Deadline.at or 0) > time.monotonic() + 100)
+    assert watchdog.Deadline.at is None
 
 
 async def test_what_nohup_ignores_stays_ignored() -> None:
