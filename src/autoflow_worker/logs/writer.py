@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import deque
 from contextlib import suppress
+from itertools import accumulate
 from typing import IO
 
 #: Lines that may wait for a blocked output; those beyond are dropped and counted.
@@ -92,10 +93,10 @@ class LogWriter:
     def _write(self, lines: list[str]) -> None:
         if self._stream is None:
             return
-        told = [f"... {self._lost} log lines lost: {self._reason}"] if self._lost else []
+        lost = [f"... {self._lost} log lines lost: {self._reason}"] if self._lost else []
         # End the line that was cut when the output began to refuse.
         start = "\n" if self._torn else ""
-        data = (start + "\n".join([*told, *lines]) + "\n").encode("utf-8", "backslashreplace")
+        data = _encode(start + "\n".join([*lost, *lines]) + "\n")
         try:
             try:
                 descriptor = self._stream.fileno()
@@ -115,10 +116,11 @@ class LogWriter:
             return
         # The disk is full, or the reader is gone. Jobs matter more than log lines, so the lines are
         # counted as lost, and the next batch tries again.
-        out = _lines_in(written - len(start), [*told, *lines])
-        if out:
-            self._lost = 0 if told else self._lost
-        self._lost += len(lines) - max(out - len(told), 0)
+        ends = accumulate((len(_encode(line)) + 1 for line in (*lost, *lines)), initial=len(start))
+        whole = sum(end <= written for end in ends) - 1
+        if whole > 0:
+            self._lost = 0
+        self._lost += len(lines) - max(whole - len(lost), 0)
         self._reason = error.strerror
         self._torn = data[written - 1 : written] != b"\n" if written else self._torn
 
@@ -143,15 +145,8 @@ def _write_all(descriptor: int, data: bytes) -> tuple[int, OSError | None]:
     return written, None
 
 
-def _lines_in(size: int, lines: list[str]) -> int:
-    """Return how many of the lines are whole within so many bytes."""
-    count = 0
-    for line in lines:
-        size -= len(line.encode("utf-8", "backslashreplace")) + 1
-        if size < 0:
-            break
-        count += 1
-    return count
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _in_child() -> None:
