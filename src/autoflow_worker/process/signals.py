@@ -11,7 +11,6 @@
 import asyncio
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from typing import Final
 import structlog
 
 from autoflow_worker.process import watchdog
+from autoflow_worker.process.signal_listener import SignalListener
 
 log = structlog.get_logger(__name__)
 
@@ -171,18 +171,17 @@ class _Taker:
         self._grace = grace
         self._tell = tell
         self._requests = Requests()
+        # The listener's thread may see a signal later than the main thread, so it counts by itself.
+        self._listeners_requests = Requests()
         self._deadline = 0.0
         self._beat: asyncio.TimerHandle | None = None
-        self._listener = None if grace is None else _Listener(grace)
+        self._listener = None if grace is None else SignalListener(self._on_number)
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal, in the main thread, between any two bytecodes."""
         now = time.monotonic()
         request = self._requests.of(number, now)
-        if request is Request.STOP:
-            self._arm(now + (self._grace or 0.0))
-        elif request is Request.ABORT:
-            self._arm(now)
+        self._deadline = self._arm(request, now) or self._deadline
         # RuntimeError: the loop is closed.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._take, number, request)
@@ -190,10 +189,8 @@ class _Taker:
     def begin_with(self, early: tuple[int, float]) -> None:
         """Go on with the request to stop that came before there was a loop."""
         watchdog.call_off()
-        self._requests.first = early
-        if self._listener is not None:
-            self._listener.requests.first = early
-        self._arm(time.monotonic() + (self._grace or 0.0))
+        self._requests.first = self._listeners_requests.first = early
+        self._deadline = self._arm(Request.STOP, time.monotonic()) or self._deadline
         self._take(early[0], Request.STOP)
 
     def close(self) -> None:
@@ -204,11 +201,19 @@ class _Taker:
             self._listener.close()
         watchdog.call_off()
 
-    def _arm(self, deadline: float) -> None:
-        if self._grace is None:
-            return
-        self._deadline = deadline
+    def _on_number(self, number: int, now: float) -> None:
+        # In the listener's thread.
+        if number in SIGNALS:
+            self._arm(self._listeners_requests.of(number, now), now)
+
+    def _arm(self, request: Request, now: float) -> float | None:
+        """Arm the watchdog if a request has a deadline, and return that deadline."""
+        grace = self._grace
+        if grace is None or request not in {Request.STOP, Request.ABORT}:
+            return None
+        deadline = now + grace if request is Request.STOP else now
         watchdog.end_at(deadline + watchdog.PATIENCE)
+        return deadline
 
     def _take(self, number: int, request: Request) -> None:
         name = signal.Signals(number).name
@@ -236,65 +241,6 @@ class _Taker:
         # The listener may have seen a signal late and counted it as an abort, unlike the loop.
         watchdog.put_off(max(self._deadline, time.monotonic()) + watchdog.PATIENCE)
         self._beat = self._loop.call_later(BEAT, self._keep_alive)
-
-
-class _Listener:
-    """A thread that arms the watchdog while the main thread is deep in foreign C.
-
-    Python's handlers do not run there. But the signal's number goes to the wake-up descriptor, and
-    this thread reads it, if the C code has released the GIL. It passes each number on to the
-    descriptor that was set before, which is the event loop's.
-
-    Args:
-        grace: seconds from the signal to the deadline.
-    """
-
-    def __init__(self, grace: float) -> None:
-        self._grace = grace
-        self.requests = Requests()
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._loops = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        # Duplicated, as the loop closes its own descriptor when it ends.
-        self._copy = None if self._loops == -1 else os.dup(self._loops)
-        self._thread = threading.Thread(target=self._listen, name="signal-listener", daemon=True)
-        # RuntimeError: no thread can be started. Python's handlers have to do.
-        with suppress(RuntimeError):
-            self._thread.start()
-        if self._thread.ident is None:
-            self._restore()
-
-    def close(self) -> None:
-        """Restore the wake-up descriptor and end the thread."""
-        self._restore()
-        # Not `close`, which has no effect while a forked child has the descriptor too.
-        self._writer.shutdown(socket.SHUT_WR)
-        if self._thread.ident is not None:
-            self._thread.join()
-        self._writer.close()
-        self._reader.close()
-        if self._copy is not None:
-            os.close(self._copy)
-
-    def _restore(self) -> None:
-        current = signal.set_wakeup_fd(-1)
-        before = self._loops if current == self._writer.fileno() else current
-        if before != -1:
-            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
-
-    def _listen(self) -> None:
-        while numbers := self._reader.recv(4096):
-            now = time.monotonic()
-            for number in numbers:
-                request = self.requests.of(number, now) if number in SIGNALS else Request.NOTHING
-                if request is Request.STOP:
-                    watchdog.end_at(now + self._grace + watchdog.PATIENCE)
-                elif request is Request.ABORT:
-                    watchdog.end_at(now + watchdog.PATIENCE)
-            if self._copy is not None:
-                # BlockingIOError: it is full of numbers. BrokenPipeError: the loop closed it.
-                with suppress(OSError):
-                    os.write(self._copy, numbers)
 
 
 class _Fork(threading.local):
