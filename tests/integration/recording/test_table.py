@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from autoflow_worker.errors import DatabaseUnavailableError, DatabaseUnfitError
-from autoflow_worker.local.embedded import _free_port as free_port
+from autoflow_worker.local.embedded import free_port
 from autoflow_worker.recording.table import init_db, inspect_tasks_table
 from tests.support.database import Connection, Database, other_database
 from tests.support.pooler import TransactionPooler
