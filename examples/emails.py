@@ -1,4 +1,4 @@
-"""The usual task: a pydantic model in, a plain object out."""
+"""Two usual tasks: the payload is a pydantic model, the result a plain object."""
 
 import asyncio
 
@@ -18,7 +18,7 @@ async def send_welcome_email(payload: WelcomeEmail, ctx: TaskContext) -> dict[st
     return {"sent": True, "subject": f"Welcome, {payload.name}"}
 
 
-# One email at a time would be slow: most of the time it only waits for the mail server.
+# A job mostly waits for the mail server, so ten of them run at once.
 send_welcome_email_task = define_task(
     queue_name="users-send-welcome-email",
     handler=send_welcome_email,

@@ -1,4 +1,4 @@
-"""A handler without `async`: it runs in a thread, so that it never holds up other jobs."""
+"""A handler without `async`. It runs in a thread, so it does not block other jobs."""
 
 import hashlib
 import time

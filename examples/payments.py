@@ -1,4 +1,4 @@
-"""Failures: one that the next attempt may mend, and one that no attempt will."""
+"""Two failures: one that a retry may solve, and one that no retry can."""
 
 import asyncio
 from decimal import Decimal
@@ -16,7 +16,7 @@ class Charge(BaseModel):
 async def charge_card(payload: Charge, ctx: TaskContext) -> dict[str, object]:
     await asyncio.sleep(0.02)
     if payload.card.endswith("0000"):
-        raise UnrecoverableError("the card was declined")  # asking again would not help
+        raise UnrecoverableError("the card was declined")  # a retry would not help
     return {"charged": payload.amount}
 
 
@@ -30,7 +30,7 @@ class Refund(BaseModel):
 
 
 async def refund(payload: Refund, ctx: TaskContext) -> dict[str, object]:
-    # Stands for a bank that is down at first. Attempts follow after 0.3 s, 0.6 s, 1.2 s, ...
+    # As if the bank were down at first. The retries follow after 0.3 s, 0.6 s, 1.2 s, ...
     if ctx.attempt < 3:
         raise ConnectionError("the bank does not answer")
     return {"refunded": payload.charge, "attempts": ctx.attempt}

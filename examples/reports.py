@@ -1,4 +1,4 @@
-"""A slow task that tells how far it is."""
+"""A slow task that reports its progress."""
 
 import asyncio
 from datetime import date

@@ -1,4 +1,4 @@
-"""One job at a time, the most urgent first."""
+"""One job at a time, ordered by priority."""
 
 import asyncio
 from typing import Any

@@ -1,9 +1,9 @@
-"""A payload as a TypedDict, a time limit, and an error when no attempt is left."""
+"""A TypedDict as the payload, a time limit, and a job that fails at each attempt."""
 
 import asyncio
 from typing import Any
 
-from typing_extensions import TypedDict  # pydantic takes that of `typing` from Python 3.12 on
+from typing_extensions import TypedDict  # pydantic accepts the one of `typing` from Python 3.12 on
 
 from autoflow_worker import TaskContext, TaskOptions, define_task
 
@@ -15,7 +15,7 @@ class Webhook(TypedDict):
 
 async def deliver_webhook(payload: Webhook, ctx: TaskContext) -> dict[str, object]:
     if payload["url"].startswith("https://slow."):
-        await asyncio.sleep(60)  # cancelled when the time is over
+        await asyncio.sleep(60)  # cancelled at the time limit
     if payload["url"].startswith("https://gone."):
         raise ConnectionError(f"{payload['url']} refuses connections")
     return {"status": 200, "correlation_id": ctx.correlation_id}

@@ -196,17 +196,14 @@ class _Reconciler:
                     raise _JobMovedError
             elif isinstance(action, AddAgain):
                 # After the row. A crash in between leaves a row without a job, as before.
-                await self._add(row, action)
+                job = self._producer.job(str(row.queue), action.data, action.options)
+                await self._producer.add(job)
         except NoPermissionError:
             raise
         except ResponseError as error:
             reason = shorten_reason(str(error))
             return Leave(f"BullMQ's script breaks on the job: {reason}")
         return action
-
-    async def _add(self, row: Row, action: AddAgain) -> None:
-        job = self._producer.job(str(row.queue), action.data, action.options)
-        await self._producer.add(job)
 
     def _difference(self, row: Row, job: KeptJob | None, action: Action) -> Difference:
         if isinstance(action, Leave):

@@ -6,7 +6,7 @@ import json
 import pytest
 from redis.asyncio import Redis
 
-from autoflow_worker.operations import reconcile
+from autoflow_worker.broker.producer import Producer
 from autoflow_worker.recording.patches import own_row_id
 from tests.support.agreement import bull_jobs, differences
 from tests.support.api import Api
@@ -138,7 +138,7 @@ async def test_a_crash_after_the_row_was_written_leaves_it_as_lost_as_it_was(
         raise asyncio.CancelledError
 
     with monkeypatch.context() as patched:
-        patched.setattr(reconcile._Reconciler, "_add", crash)
+        patched.setattr(Producer, "add", crash)
         with pytest.raises(asyncio.CancelledError):
             await compare(fix=True, lost="requeue")
     assert await api.db.status(task_id) == "pending"
