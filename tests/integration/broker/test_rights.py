@@ -14,6 +14,7 @@ from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.requirements import RedisReport, examine_redis
 from autoflow_worker.broker.rights import DIRECT, SCRIPTED
 from autoflow_worker.errors import RedisRefusedError, RedisUnfitError
+from tests.support.clients import connected
 from tests.support.permissions import documented_rules
 from tests.support.servers import OwnServer, redis_programs
 
@@ -55,12 +56,8 @@ async def client_of(server: OwnServer, *rules: str) -> AsyncIterator[PipelinedRe
     async with Redis.from_url(server.url) as admin:
         command = ("ACL", "SETUSER", "worker", "reset", "on", ">secret", *rules)
         await admin.execute_command(*command)  # type: ignore[no-untyped-call]
-    client = PipelinedRedis(server.url.replace("redis://", "redis://worker:secret@"))
-    try:
-        await client.open(5)
+    async with connected(server.url.replace("redis://", "redis://worker:secret@"), 5) as client:
         yield client
-    finally:
-        await client.aclose()
 
 
 @pytest.fixture(params=["redis-6.2", "valkey-8.1", "redis-8.2", "valkey-9.1"])
