@@ -1,4 +1,4 @@
-"""The BullMQ side: the connection to Redis, and what is asked of BullMQ's scripts.
+"""The BullMQ side: the connection to Redis, and the calls of BullMQ's scripts.
 
 Start at `job_queue`.
 """

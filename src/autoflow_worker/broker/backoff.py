@@ -1,7 +1,6 @@
-"""When a failed attempt runs again: BullMQ's backoff arithmetic, with Node's numbers.
+"""How long a failed job waits for its next attempt: the arithmetic of Node's `backoffs.ts`.
 
-bullmq's Python `Backoffs` ignores jitter and raises on an unknown type, which leaves the job
-active; so the arithmetic is done here. Source of the numbers: `backoffs.ts` of Node's bullmq.
+bullmq's Python `Backoffs` ignores jitter. At an unknown type it raises, and the job stays active.
 """
 
 import inspect
@@ -11,10 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 MAX_DELAY_MS: Final = 10 * 365 * 24 * 3600 * 1000
-"""A backoff of more than ten years is cut: BullMQ packs due times into 53 bits."""
+"""The longest backoff, ten years: BullMQ packs due times into 53 bits."""
 
 BackoffStrategy = Callable[[int, str, BaseException | None, Any], Any]
-"""(attempts made, backoff type, error, job) -> ms, 0 for at once, -1 for never; may be async."""
+"""(attempts made, backoff type, error, job) -> ms, 0 for now, -1 for never; may be async."""
 
 
 class NoBackoffError(ValueError):
@@ -29,16 +28,18 @@ async def backoff_ms(
     job: Any = None,
     strategy: BackoffStrategy | None = None,
 ) -> int | None:
-    """How long to wait before the next attempt.
+    """Return how long to wait before the next attempt.
 
     Args:
         backoff: the job's `backoff` option: missing, a number of ms, or an object with `type`,
             `delay` (ms) and `jitter` (0 to 1).
         attempts_made: attempts including the one that failed now.
+        error: why it failed; for the strategy.
+        job: the job; for the strategy.
         strategy: the worker's own strategy for types that BullMQ does not know.
 
     Returns:
-        ms, 0 for at once, or None if the strategy says that there is to be no further attempt.
+        ms, 0 for now, or None if the strategy wants no further attempt.
 
     Raises:
         NoBackoffError: the options are of a wrong type, or name an unknown type.
@@ -69,7 +70,7 @@ async def backoff_ms(
 
 
 def _scaled(delay: float, doublings: int) -> float:
-    # Doubling further than the bound would overflow a float after a thousand attempts.
+    # Without this limit, a float would overflow after a thousand attempts.
     return delay * 2.0 ** min(doublings, 64)
 
 

@@ -100,7 +100,7 @@ class KeptJob:
 
 
 class JobReader:
-    """Looks at jobs in Redis.
+    """Reads jobs without changing them.
 
     Args:
         redis: an open client; the caller closes it.

@@ -1,9 +1,9 @@
-"""Whether the installed bullmq and redis-py are the ones that this package knows.
+"""Check that the installed bullmq and redis-py are the ones that this package knows.
 
-It uses parts of both that are not their public interface, so another minor version may break it,
-or do something else without a word. `official_worker` has the check of bullmq.
+This package uses private parts of both. Another minor version may break it, or change its behaviour
+in silence. `official_worker` has the check of bullmq.
 """
-# ruff: noqa: PLC0415 - what another version may lack is imported where that can be told
+# ruff: noqa: PLC0415 - an import that fails in another version is caught and reported
 
 import re
 from functools import cache
@@ -16,7 +16,7 @@ _SCRIPT = ("registered_client", "script", "sha")
 
 
 def mismatch(library: str, difference: object) -> LibraryMismatchError:
-    """The error that names the installed version, the one that is needed, and what differs."""
+    """Return the error that names the installed version, the needed one, and the difference."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
     try:
@@ -32,7 +32,7 @@ def mismatch(library: str, difference: object) -> LibraryMismatchError:
 
 
 def mismatch_of_import(error: ImportError) -> LibraryMismatchError | None:
-    """The error that tells which name one of the two libraries lacks; None: it is not theirs."""
+    """Return the error that names what one of the two libraries lacks; None for other imports."""
     library = (error.name or "").partition(".")[0]
     return mismatch(library, error) if library in {"bullmq", "redis"} else None
 
@@ -42,12 +42,12 @@ def require_known_redis() -> None:
     """Check once that redis-py has what `link`, `replies` and `client` use of it.
 
     Raises:
-        LibraryMismatchError: it lacks something.
+        LibraryMismatchError: redis-py lacks something.
     """
     try:
         _check_redis()
     except Exception as error:
-        # Whatever another version breaks on.
+        # Another version may raise anything.
         raise mismatch("redis", f"{type(error).__name__}: {error}") from error
 
 

@@ -1,8 +1,8 @@
-"""bullmq's `Worker` of a queue, once bullmq has shown that it is the one that this package knows.
+"""Make bullmq's `Worker`, after a check that bullmq is the version that this package knows.
 
-`completion` makes the arguments of one of BullMQ's scripts itself, and `job_queue` calls methods
-that are no public interface of bullmq. A bullmq that differs there would corrupt jobs in silence,
-so the first worker of a process is held against both before any job is touched.
+`scripts` makes the arguments of one of BullMQ's scripts itself, and `job_queue` calls private
+methods of bullmq. Another version of bullmq could corrupt jobs in silence. So the first worker of a
+process is compared with both before any job is touched.
 """
 
 import copy
@@ -19,7 +19,7 @@ from autoflow_worker.broker.job_fields import read_claim
 from autoflow_worker.broker.libraries import mismatch
 from autoflow_worker.broker.scripts import CompletionArguments
 
-# Methods that are called by position, and their parameters in that order.
+# The methods that are called by position, with their parameters in order.
 _PARAMETERS: Final = {
     "moveToActive": ("token", "opts"),
     "moveToDelayedArgs": ("job_id", "timestamp", "token", "delay", "opts"),
@@ -31,7 +31,7 @@ _PARAMETERS: Final = {
 }
 _COMMANDS: Final = ("moveToFinished", "moveToDelayed", "retryJob")
 
-# A worker's options, a job's, and what to keep of finished jobs.
+# The options of a worker and of a job, and which finished jobs to keep.
 _CASES: Final[tuple[tuple[dict[str, Any], dict[str, Any], Any], ...]] = (
     ({}, {}, False),
     ({"metrics": {"maxDataPoints": 60}}, {"attempts": 3}, 100),
@@ -47,7 +47,7 @@ def official_worker(name: str, redis: Any, prefix: str, options: Mapping[str, An
 
     Args:
         name: the queue.
-        redis: the client, which is not used yet.
+        redis: the client; no command is sent.
         prefix: BullMQ's key prefix.
         options: BullMQ worker options.
 
@@ -61,7 +61,7 @@ def official_worker(name: str, redis: Any, prefix: str, options: Mapping[str, An
         worker = Worker(name, None, given)
         difference = next(_differences(worker, given), None)
     except Exception as error:
-        # Whatever another version breaks on.
+        # Another version may raise anything.
         raise mismatch("bullmq", f"{type(error).__name__}: {error}") from error
     if difference is not None:
         raise mismatch("bullmq", difference)
@@ -89,7 +89,7 @@ def _works_over(worker: Worker, redis: Any) -> bool:
 def _differences_of(
     worker: Worker, job_options: Mapping[str, Any], keep: Any, *, fetch_next: bool
 ) -> Iterator[str]:
-    """Compare what the script gets for a job that is made up."""
+    """Compare the arguments of the script for a made-up job."""
     text = json.dumps(job_options)
     fields = {"name": "a-name", "data": "{}", "opts": text, "timestamp": "1", "atm": "2"}
     claim = read_claim(worker, fields, "an-id", "a-token", 0)
@@ -108,7 +108,7 @@ def _differences_of(
 
 
 def _as_failed(worker: Worker, keys: list[str], args: list[Any]) -> tuple[list[str], list[Any]]:
-    """What a completed job's keys and arguments are for one that failed."""
+    """Turn the keys and arguments of a completed job into those of a failed one."""
     known, metrics = worker.keys, worker.keys[""] + "metrics:"
     others = {known["completed"]: known["failed"], metrics + "completed": metrics + "failed"}
     job_id, _, _, _, *rest = args
@@ -117,6 +117,6 @@ def _as_failed(worker: Worker, keys: list[str], args: list[Any]) -> tuple[list[s
 
 
 def _readable(args: list[Any]) -> list[Any]:
-    """The arguments unpacked, without the time, which is the second."""
+    """Unpack the arguments, and leave out the second, which is the time."""
     rest = [args[0], *args[2:]]
     return [msgpack.unpackb(arg) if isinstance(arg, bytes) else arg for arg in rest]

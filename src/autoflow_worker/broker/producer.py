@@ -1,4 +1,4 @@
-"""The producing side of BullMQ: bullmq's own scripts add jobs, and retry those that failed."""
+"""The producing side of BullMQ: add jobs, and retry failed ones, by bullmq's own scripts."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -10,13 +10,13 @@ from autoflow_worker.broker.script_guard import guard
 
 KEPT_COMPLETED: Final = 100
 KEPT_FAILED: Final = 500
-"""How many finished jobs of a queue BullMQ keeps, as the API asks it to (contract, section 1)."""
+"""How many finished jobs of a queue the API tells BullMQ to keep (contract, section 1)."""
 
 
 class Producer:
     """Adds jobs to any queue, over one client.
 
-    The queues are never closed: bullmq would close the client once for each of them.
+    It never closes bullmq's queues, as each of them would close the client.
 
     Args:
         redis: a client, which the caller opens and closes.
@@ -29,7 +29,7 @@ class Producer:
         self._queues: dict[str, Queue] = {}
 
     def queue(self, name: str) -> Queue:
-        """Bullmq's `Queue` of that name."""
+        """Return bullmq's `Queue` of that name."""
         queue = self._queues.get(name)
         if queue is None:
             queue = Queue(name, {"connection": self._redis, "prefix": self._prefix})
@@ -38,7 +38,7 @@ class Producer:
         return queue
 
     def job(self, queue: str, data: Mapping[str, Any], options: Mapping[str, Any]) -> Job:
-        """Make a job of that queue's name, as Node's producer would; it is not added yet."""
+        """Make a job whose name is its queue's, as the API does; `add` adds it."""
         job = Job(self.queue(queue), queue, dict(data), dict(options))
         if not options.get("delay"):
             # Python's bullmq writes a delay of 0 into every job, Node's doesn't.
@@ -46,10 +46,10 @@ class Producer:
         return job
 
     async def add(self, job: Job) -> None:
-        """Add the job; one whose id is taken is left as it is.
+        """Add the job, unless its queue has a job of that id.
 
         Raises:
-            redis.exceptions.RedisError: not added; or, if the connection broke, nobody knows.
+            redis.exceptions.RedisError: the job is not added; if the connection broke, it may be.
         """
         await job.backend.addJob(job)
 
@@ -57,17 +57,17 @@ class Producer:
         """Move a failed job back to its queue, with its attempts reset.
 
         Returns:
-            False if the job is gone, or not among the failed any more.
+            False if the job is deleted, or not in `failed` any more.
 
         Raises:
             redis.exceptions.RedisError: as `add`.
         """
         owner = self.queue(queue)
-        # By the id alone: whatever else the job's fields hold, it is among the failed.
+        # bullmq needs only the id. The job's own fields may hold anything.
         stand_in = Job(owner, queue, {}, {"jobId": job_id})
         try:
-            # Never `ats`: it counts the claims, by which a worker tells whose the job is.
+            # `ats` stays: it counts the claims, which shows a worker whether it lost a job.
             await owner.backend.reprocessJob(stand_in, "failed", {"resetAttemptsMade": True})
-        except TypeError:  # which is what bullmq raises then
+        except TypeError:  # bullmq raises it if the job is not in `failed`.
             return False
         return True

@@ -1,8 +1,9 @@
-"""Whether a Redis server can carry BullMQ's queues: what it is, and what it lets us do."""
+"""Check that a Redis server can serve BullMQ's queues: its kind, version, settings and rights."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
@@ -12,18 +13,20 @@ from autoflow_worker.broker.replies import is_denial
 from autoflow_worker.broker.rights import probe_rights
 from autoflow_worker.errors import RedisUnfitError
 
-#: BullMQ's own lower limit, and the version below which it warns.
-MIN_VERSION = (5, 0, 0)
-RECOMMENDED_VERSION = (6, 2, 0)
+MIN_VERSION: Final = (5, 0, 0)
+"""BullMQ's own lower limit."""
+
+RECOMMENDED_VERSION: Final = (6, 2, 0)
+"""The version below which BullMQ warns."""
 
 
 @dataclass(frozen=True, slots=True)
 class RedisReport:
-    """What is worth knowing about a server that will do.
+    """A server that can serve.
 
     Attributes:
         server: its name and version.
-        warnings: what should be changed.
+        warnings: what the operator should change.
     """
 
     server: str
@@ -31,7 +34,7 @@ class RedisReport:
 
 
 async def examine_redis(redis: PipelinedRedis, prefix: str, queues: Sequence[str]) -> RedisReport:
-    """Find out whether a worker of these queues can do all of its work there, by doing it.
+    """Try every command that a worker of these queues needs.
 
     Args:
         redis: open.
@@ -39,7 +42,7 @@ async def examine_redis(redis: PipelinedRedis, prefix: str, queues: Sequence[str
         queues: under whose prefixes each command is tried.
 
     Raises:
-        RedisUnfitError: it can't; the message names all that is lacking.
+        RedisUnfitError: the server can't serve; the message names everything that is lacking.
         redis.exceptions.ConnectionError: the server went away.
     """
     lacking_info = False

@@ -1,4 +1,4 @@
-"""Whether the Redis user may run every command that a worker needs, found out by running them.
+"""Check that the Redis user may run every command that a worker needs, by running each of them.
 
 An ACL, a renamed command or a managed service may take any command away. BullMQ's scripts would
 then break half-way through a job. `docs/permissions.md` lists the same commands for operators.
@@ -17,7 +17,7 @@ from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.replies import NO_COMMAND, NO_KEY, is_denial
 
 PROBE: Final = """
--- Each command that the scripts call, on keys that BullMQ never reads; they are gone at the end.
+-- Try each command that the scripts call. BullMQ never reads these keys, and the end deletes them.
 local text, hash, list = KEYS[1] .. ':text', KEYS[1] .. ':hash', KEYS[1] .. ':list'
 local set, zset, stream = KEYS[1] .. ':set', KEYS[1] .. ':zset', KEYS[1] .. ':stream'
 local refused = {}
@@ -78,18 +78,18 @@ return refused
 """
 
 SCRIPTED: Final = frozenset(re.findall(r"try\('(\w+)'", PROBE))
-"""The commands that BullMQ's scripts and this worker's call."""
+"""The commands that BullMQ's scripts and this worker's scripts call."""
 
 DIRECT: Final = ("PING", "INFO", "CLIENT ID", "CLIENT SETNAME", "CLIENT UNBLOCK", "BZPOPMIN")
-"""The commands that a worker sends by themselves, beside SCRIPT LOAD and EVALSHA."""
+"""The commands that a worker sends outside of scripts, beside SCRIPT LOAD and EVALSHA."""
 
-# What a server in need answers: it lacks no right, and its need may pass.
+# Refusals that are no lack of a right, and that may pass.
 _IN_NEED: Final = re.compile(r"\b(?:OOM|READONLY|MISCONF|NOREPLICAS|BUSY|LOADING|MASTERDOWN)\b")
 
 
 @dataclass(slots=True)
 class Rights:
-    """What a Redis user lacks.
+    """The rights that a Redis user lacks.
 
     Attributes:
         commands: in the order in which they were tried.
@@ -102,7 +102,7 @@ class Rights:
     other: dict[str, None] = field(default_factory=dict)
 
     def note(self, command: str, keys: str, reason: str) -> None:
-        """A command on such keys was refused."""
+        """Note that a command on such keys was refused."""
         if NO_KEY.search(reason):
             self.keys[keys] = None
         elif NO_COMMAND.search(reason):
@@ -111,7 +111,7 @@ class Rights:
             self.other[f"{command}: {reason}"] = None
 
     def lacking(self) -> str | None:
-        """One sentence that names all of it; None if nothing is lacking."""
+        """Name everything that is lacking in one sentence; None if nothing is."""
         lacks = []
         if self.commands:
             lacks.append(f"may not run {', '.join(self.commands)}")
@@ -143,7 +143,7 @@ async def _probe(redis: PipelinedRedis, base: str, rights: Rights) -> None:
         try:
             return await redis.shared.execute(command)
         except NoScriptError:
-            return ()  # SCRIPT LOAD was refused, and that is told.
+            return ()  # SCRIPT LOAD was refused, which is noted already.
         except RedisError as error:
             if isinstance(error, RedisConnectionError) and not is_denial(error):
                 raise
@@ -152,7 +152,7 @@ async def _probe(redis: PipelinedRedis, base: str, rights: Rights) -> None:
 
     await run("CLIENT SETNAME", "")
     await run("CLIENT UNBLOCK", 0)
-    # The blocking read, of a key that is not there.
+    # This blocks on a key that does not exist.
     await run("BZPOPMIN", f"{key}:none", "0.01")
     await run("SCRIPT LOAD", PROBE)
     refused = await run("EVALSHA", digest, 1, key)

@@ -1,9 +1,9 @@
-"""A check before BullMQ's scripts that Redis lets them run to their end.
+"""Make each script check first that the user may run all of its commands.
 
-Redis does not undo what a script did before one of its commands is refused. A script that may
-take a job out of one list and may not put it into the next loses the job. So each script first
-asks Redis (`redis.acl_check_cmd`, since Redis 7) whether the user may run what the script calls,
-and refuses to begin otherwise. Redis 6 can't be asked: there the checks at the start are all.
+If Redis refuses a command of a script, it does not undo the commands before. A script that may take
+a job out of one list, but may not put it into the next, loses the job. So each script first asks
+Redis (`redis.acl_check_cmd`, since Redis 7) whether the user may run its commands, and does nothing
+otherwise. Redis 6 has no such check; there, only `requirements` checks the rights at the start.
 """
 
 import re
@@ -15,20 +15,20 @@ _CALLED: Final = re.compile(r"""(?:rcall|redis\.p?call)\(\s*["'](\w+)""")
 _PUSHED_BY_VARIABLE: Final = re.compile(r"""["']([LR]PUSH)["']""")
 
 FETCHING: Final = ("LPUSH", "SET")
-"""What a fetch calls once it has taken a job whose id nobody knows yet."""
+"""What a fetch calls after it has taken a job whose id this worker does not know yet."""
 
 PROMOTING: Final = ("HGET", "HSET", "INCR", "LPUSH", "XADD", "ZADD")
-"""What it calls once it has taken the jobs that are due out of `delayed`, all of them at once."""
+"""What a fetch calls after it has taken all jobs that are due out of `delayed`."""
 
 HOT: Final = frozenset({"moveToActive", "moveToFinished"})
-"""The scripts of every job's way, both of which fetch; `delayed` is the seventh key of both.
+"""The two scripts that run for each job and fetch the next; `delayed` is the seventh key of both.
 
-They check only what a refusal would lose for good, as each check costs Redis a quarter of a
-microsecond. What any other refusal interrupts, `HOLD` and `ADOPT` put right by the job's id.
+They check only the commands whose refusal would lose a job, as each check costs Redis a quarter of
+a microsecond. After any other refusal, `scripts.HOLD` and `scripts.ADOPT` repair the job by its id.
 """
 
 _REFUSE: Final = "return redis.error_reply('NOPERM this user has no permissions to run all of {0}')"
-# The name alone would be shorter, but Valkey 8 dies of `SET` without its arguments.
+# The dummy arguments are needed: Valkey 8 crashes at a check of `SET` without arguments.
 _ALLOWED: Final = "allowed('{0}', KEYS[1], KEYS[1], KEYS[1], KEYS[1])"
 _GUARD: Final = """
 if redis.acl_check_cmd then
@@ -39,24 +39,24 @@ end
 
 
 def guard(commands: dict[str, Any], register: Callable[[str], Any]) -> None:
-    """Put each script of a `bullmq.Worker` or `Queue` behind its check.
+    """Add its check to each script of a `bullmq.Worker` or `Queue`.
 
     Args:
         commands: bullmq's own dictionary of its scripts, by name; changed in place.
-        register: makes a script of a text.
+        register: makes a script from its text.
     """
     for name, command in commands.items():
         commands[name] = register(guarded_as(name, command.script))
 
 
 def guarded_as(name: str, script: str) -> str:
-    """Return BullMQ's script of that name behind the check that it gets here."""
+    """Return BullMQ's script of that name with its check."""
     return _guarded_hot(script) if name in HOT else guarded(script)
 
 
 @cache
 def guarded(script: str) -> str:
-    """Return a script behind a check of all that it calls."""
+    """Return a script with a check of all commands that it calls."""
     return _GUARD.format(checks=_check(commands_of(script))) + script
 
 
