@@ -104,11 +104,6 @@ class PipelinedRedis(Redis):
     def is_connected(self) -> bool:
         return self.shared.is_connected
 
-    @property
-    def restored_at(self) -> float:
-        """Event loop time of the end of the last outage; -inf if there was none."""
-        return self.shared.restored_at
-
     def deaths(self) -> list[asyncio.Future[None]]:
         """One future for each connection, done with an exception if reconnecting broke."""
         return [channel.died for channel in self._channels]

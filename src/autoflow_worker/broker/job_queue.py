@@ -127,7 +127,7 @@ class JobQueue:
     @property
     def up_since(self) -> float:
         """Event loop time since when Redis is there; -inf for always, inf if it is not there."""
-        return self._redis.restored_at if self._redis.is_connected else math.inf
+        return self._redis.shared.restored_at if self.is_connected else math.inf
 
     async def insist(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Ask Redis until it answers, however long an outage lasts.

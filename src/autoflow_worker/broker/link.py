@@ -29,14 +29,9 @@ class Listener(Protocol):
 class Link(asyncio.Protocol):
     """A socket whose replies go to a listener.
 
-    Args:
-        connection: redis-py's connection, which is connected.
-        client_id: the server's id of this connection.
-        listener: gets the replies.
-
     Attributes:
-        client_id: as given.
-        transport: takes what is written.
+        client_id: the server's id of this connection.
+        transport: takes the bytes of commands.
     """
 
     def __init__(self, connection: AbstractConnection, client_id: int, listener: Listener) -> None:
@@ -72,18 +67,15 @@ class Link(asyncio.Protocol):
 async def connect(
     pool: ConnectionPool, client_name: str | None, listener: Listener, *, refuse_replica: bool
 ) -> Link:
-    """Connect and authenticate, then take the socket over from redis-py.
+    """Let redis-py connect and authenticate, then take the socket over from it.
 
     Args:
-        pool: makes the connection.
-        client_name: the connection's name; None for none.
-        listener: gets the replies, once this has returned.
         refuse_replica: whether to ask for the server's role, which takes a round trip.
 
     Raises:
-        redis.exceptions.RedisError: the server can't be reached, or refuses; `WrongServerError` if
-            it is a replica.
         OSError: the server can't be reached.
+        redis.exceptions.RedisError: as OSError, or the server refuses; `WrongServerError` if it is
+            a replica.
     """
     connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
     connection.client_name = client_name
