@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bullmq import Job, Worker
@@ -28,6 +28,7 @@ class MalformedJobError(Exception):
     """BullMQ's script can't work with the job's fields."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Claim:
     """A job that this worker holds; `job_fields.read_claim` makes it.
 
@@ -51,52 +52,23 @@ class Claim:
             of it has failed. None for most jobs.
     """
 
-    __slots__ = (
-        "_job",
-        "attempt",
-        "attempts_made",
-        "attempts_started",
-        "claimed_ms",
-        "data",
-        "fields",
-        "id",
-        "locked_until",
-        "malformed",
-        "max_attempts",
-        "never",
-        "options",
-        "queue",
-        "scheduler",
-        "timestamp",
-        "token",
-    )
-
-    data: Any
-    options: dict[str, Any]
-    attempt: int
-    attempts_made: int
-    attempts_started: int
-    max_attempts: int
-    timestamp: int
-    claimed_ms: int
-
-    def __init__(
-        self,
-        queue: Worker,
-        fields: Mapping[str, str],
-        job_id: str,
-        token: str,
-        locked_until: float,
-    ) -> None:
-        self._job: Job | None = None
-        self.queue = queue
-        self.fields = fields
-        self.id = job_id
-        self.token = token
-        self.locked_until = locked_until
-        self.scheduler: str | None = None
-        self.malformed: str | None = None
-        self.never: str | None = None
+    queue: Worker
+    fields: Mapping[str, str]
+    id: str
+    token: str
+    locked_until: float
+    data: Any = field(init=False)
+    options: dict[str, Any] = field(init=False)
+    attempt: int = field(init=False)
+    attempts_made: int = field(init=False)
+    attempts_started: int = field(init=False)
+    max_attempts: int = field(init=False)
+    timestamp: int = field(init=False)
+    claimed_ms: int = field(init=False)
+    scheduler: str | None = field(default=None, init=False)
+    malformed: str | None = field(default=None, init=False)
+    never: str | None = field(default=None, init=False)
+    _job: Job | None = field(default=None, init=False)
 
     @property
     def is_bare(self) -> bool:

@@ -42,14 +42,11 @@ OUTAGE_PAUSE_MAX: Final = 1.0
 BREAKAGES: Final = "autoflowBroke"
 """Our own field of a job's hash, which counts the claims that broke their slots."""
 
-_LOST: Final = frozenset(
-    {
-        ErrorCode.JobNotExist.value,
-        ErrorCode.JobLockNotExist.value,
-        ErrorCode.JobNotInState.value,
-        ErrorCode.JobLockMismatch.value,
-    }
-)
+_LOST: Final = {
+    ErrorCode[name].value: name
+    for name in ("JobNotExist", "JobLockNotExist", "JobNotInState", "JobLockMismatch")
+}
+"""BullMQ's error codes for a job that this worker does not hold any more."""
 
 T = TypeVar("T")
 
@@ -389,7 +386,7 @@ class JobQueue:
             return self._read(raw, token, asked_at)
         code = int(raw or 0)
         if code in _LOST:
-            raise LockLostError(ErrorCode(code).name)
+            raise LockLostError(_LOST[code])
         if code < 0:
             raise ChildrenLeftError(str(self._scripts.finishedErrors({"code": code})))
         return Reply()
