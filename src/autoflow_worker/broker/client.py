@@ -105,7 +105,7 @@ class PipelinedRedis(Redis):
         return self.shared.is_connected
 
     def deaths(self) -> list[asyncio.Future[None]]:
-        """One future for each connection, done with an exception if reconnecting broke."""
+        """Return a future for each connection; it gets an exception if reconnecting breaks."""
         return [channel.died for channel in self._channels]
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:

@@ -92,8 +92,8 @@ class JobQueue:
         self._elsewhere = [keys[name] for name in scripts.ELSEWHERE]
         self._scripts = self._worker.scripts
         commands = self._scripts.commands
-        # The end of a few jobs changes other jobs, and nothing could repair a half of that. Their
-        # script checks everything that it may call.
+        # The end of a few jobs changes other jobs, which nothing could repair if a script broke off.
+        # So their script checks all of its commands.
         self._careful_finish = redis.register_script(guarded(commands["moveToFinished"].script))
         guard(commands, redis.register_script)
         self._simple_finish = commands["moveToFinished"]
@@ -107,7 +107,7 @@ class JobQueue:
         self._drop = redis.register_script(guarded(scripts.DROP))
 
     async def open(self, timeout: float) -> None:
-        """Open the marker's connection, within which many seconds; see `Channel.open`."""
+        """Open the connection that reads the marker; see `Channel.open`."""
         await self.marker.open(self._client_name, timeout)
 
     # -- the connection --------------------------------------------------------------------------
@@ -118,12 +118,12 @@ class JobQueue:
         return self._redis.shared.link is not None
 
     async def connected(self) -> None:
-        """Wait until Redis is there, however long it takes."""
+        """Wait until there is a connection, however long it takes."""
         await self._redis.connected()
 
     @property
     def up_since(self) -> float:
-        """Event loop time since when Redis is there; -inf for always, inf if it is not there."""
+        """Event loop time at which the last outage ended; -inf for none, inf if it goes on."""
         return self._redis.shared.restored_at if self.is_connected else math.inf
 
     async def insist(self, ask: Callable[[], Awaitable[T]]) -> T:
@@ -173,7 +173,7 @@ class JobQueue:
 
     def _read(self, reply: Sequence[Any], token: str, asked_at: float) -> Reply:
         """Read the reply of a script that may have claimed a job."""
-        # Its end may be missing.
+        # A reply may be shorter, or empty.
         fields, job_id, limited_ms, delayed_until = (*reply, None, None, None, None)[:4]
         claim = self._claim(fields, job_id, token, asked_at) if fields else None
         return Reply(claim, True, int(limited_ms or 0), int(delayed_until or 0))
