@@ -92,8 +92,8 @@ class JobQueue:
         self._elsewhere = [keys[name] for name in scripts.ELSEWHERE]
         self._scripts = self._worker.scripts
         commands = self._scripts.commands
-        # The end of a few jobs changes other jobs, which nothing could repair if a script broke off.
-        # So their script checks all of its commands.
+        # The end of a few jobs changes other jobs. Nothing could repair these if the script broke
+        # off, so it checks all of its commands.
         self._careful_finish = redis.register_script(guarded(commands["moveToFinished"].script))
         guard(commands, redis.register_script)
         self._simple_finish = commands["moveToFinished"]
