@@ -1,7 +1,7 @@
-"""A server's troubles: what is said of them, and whether they can be waited out.
+"""Outages and refusals of a server: which are logged, and which end the worker.
 
-An outage is waited out, however long it takes. A server that answers, but refuses what a worker
-can't do without, may do so for ever: a password was changed, a right was taken, a table is gone.
+A worker waits out an outage, however long it takes. A server that answers, but refuses what the
+worker needs, may do so for ever: a password was changed, a right was revoked, a table is gone.
 """
 
 import asyncio
@@ -15,20 +15,20 @@ import structlog
 log = structlog.get_logger(__name__)
 
 SILENT_AFTER: Final = 5.0
-"""Seconds without an answer that is due, after which a server is said to hang."""
+"""Seconds that an answer may be overdue before the log says that the server hangs."""
 
 MAX_REASONS: Final = 20
-"""Reasons that are told in one outage, at most: their texts might vary without an end."""
+"""Reasons that are logged in one outage, at most; their texts may vary endlessly."""
 
 _NUMBERS: Final = re.compile(r"\d+")
 
 
 class Refusals:
-    """Since when a server refuses, by what it refuses; a success or an outage starts this anew.
+    """Notes since when a server refuses something, without one success or outage in between.
 
     Attributes:
-        patience: seconds of nothing but refusals that are waited out.
-        lasting: set when something has been refused for longer.
+        patience: seconds for which the worker waits while the server refuses the same thing.
+        lasting: set when the server has refused something for longer.
     """
 
     def __init__(self) -> None:
@@ -37,29 +37,32 @@ class Refusals:
         self.lasting = asyncio.Event()
 
     def note(self, what: Hashable) -> None:
-        """Something was refused, once more perhaps."""
+        """Note that the server refused something, perhaps once more."""
         now = asyncio.get_running_loop().time()
         if now - self._since.setdefault(what, now) >= self.patience:
             self.lasting.set()
 
     def over(self, what: Hashable) -> None:
-        """It was not refused."""
+        """Note that the server did not refuse it this time."""
         self._since.pop(what, None)
 
     def forget(self) -> None:
-        """Count all refusals from now on."""
+        """Drop all notes, as after an outage."""
         self._since.clear()
         self.lasting.clear()
 
 
 class Reasons:
-    """The reasons that were told in this outage, so that each is told once."""
+    """The reasons that were logged in this outage, so that each is logged once."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
     def is_new(self, reason: str) -> bool:
-        """Whether this was not told yet; it is now. Reasons that differ in numbers are one."""
+        """Return whether this reason is to be logged, and note it.
+
+        Reasons that differ in their numbers only are the same.
+        """
         words = _NUMBERS.sub("#", reason)
         if words in self._told or len(self._told) >= MAX_REASONS:
             return False
@@ -67,16 +70,16 @@ class Reasons:
         return True
 
     def forget(self) -> None:
-        """The outage is over."""
+        """Drop all reasons: the outage is over."""
         self._told.clear()
 
 
 class Silence:
-    """Says when a server hangs, and when it answers again; once for all connections.
+    """Logs when a server hangs, and when it answers again; once for all connections.
 
     Args:
-        hangs: the log's event when a first connection waits too long.
-        answers: the log's event when the last one has its answer.
+        hangs: the event that is logged when the first connection waits too long.
+        answers: the event that is logged when the last connection has its answer.
     """
 
     def __init__(self, hangs: str, answers: str) -> None:
@@ -86,7 +89,7 @@ class Silence:
         self._since = 0.0
 
     def begin(self, connection: object, since: float) -> None:
-        """A connection has waited since then for an answer that is due."""
+        """Note that a connection has waited for an answer since then, in event loop time."""
         if not self._silent:
             self._since = since
             silent = asyncio.get_running_loop().time() - since
@@ -94,7 +97,7 @@ class Silence:
         self._silent.add(connection)
 
     def end(self, connection: object) -> None:
-        """It has got one."""
+        """Note that the connection has its answer."""
         if connection not in self._silent:
             return
         self._silent.remove(connection)
@@ -103,5 +106,5 @@ class Silence:
             log.warning(self._answers, after_s=round(silent, 1))
 
     def forget(self, connection: object) -> None:
-        """It is lost; that is told elsewhere."""
+        """Drop a connection that is lost; the loss is logged elsewhere."""
         self._silent.discard(connection)

@@ -1,31 +1,18 @@
-"""The whole worker: open everything, run, drain, close everything. Start reading here."""
+"""The whole worker: open everything, start, wait, drain, close everything. Start reading here."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final
 
 import structlog
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.job_queue import JobQueue
-from autoflow_worker.broker.requirements import RedisReport, examine_redis
-from autoflow_worker.errors import (
-    DatabaseRefusedError,
-    DatabaseUnavailableError,
-    DatabaseUnfitError,
-    PartDiedError,
-    RedisRefusedError,
-    RedisUnavailableError,
-    RedisUnfitError,
-    WorkerError,
-)
-from autoflow_worker.outage import Refusals
+from autoflow_worker.errors import PartDiedError, WorkerError
+from autoflow_worker.operations.oversight import Oversight, persist
 from autoflow_worker.recording.recorder import StatusRecorder
-from autoflow_worker.recording.table import CONNECT_TIMEOUT, inspect_tasks_table
 from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.definition import TaskDefinition
-from autoflow_worker.worker.running_jobs import running_jobs
 from autoflow_worker.worker.task_worker import TaskWorker
 
 log = structlog.get_logger(__name__)
@@ -34,18 +21,15 @@ EXIT_CLEAN: Final = 0
 EXIT_HANDED_BACK: Final = 4
 
 CLOSE_TIMEOUT: Final = 1.3
-"""Seconds past the deadline for cutting off what runs, and handing it back."""
+"""Seconds past the deadline for cancelling what runs, and handing it back."""
 
 FLUSH_TIMEOUT: Final = 0.2
-"""Seconds after that for what the recorder still has: nobody waits for it any more."""
+"""Seconds after that for the writes that the recorder still has; no slot waits for them."""
 
 OVERSEER_PATIENCE: Final = 0.2
 """Seconds for an overseer to leave the server that it examines."""
 
-START_PAUSE: Final = 0.1
-"""Seconds before a server that went away during the start is asked again."""
-
-T = TypeVar("T")
+Part = asyncio.Future[Any]
 
 
 class WorkerService:
@@ -63,16 +47,15 @@ class WorkerService:
     def __init__(self, settings: Settings, tasks: Sequence[TaskDefinition[Any]]) -> None:
         self._settings = settings
         self._tasks = tasks
+        self._oversight = Oversight(settings, [task.queue_name for task in tasks])
         self._redis: PipelinedRedis | None = None
         self.recorder: StatusRecorder | None = None
         self.workers: list[TaskWorker] = []
-        self._failure: asyncio.Future[None] | None = None
         self._overseers: list[asyncio.Task[None]] = []
-
-    @property
-    def is_working(self) -> bool:
-        """Whether every task takes jobs, or did so before the stop."""
-        return bool(self._overseers)
+        self._parts: list[Part] = []
+        self._failure: WorkerError | None = None
+        self._failed = asyncio.Event()
+        self._is_closing = False
 
     async def run(self, stop: asyncio.Event, abort: asyncio.Event) -> int:
         """Work until `stop` is set; `abort` cuts the drain short.
@@ -83,59 +66,55 @@ class WorkerService:
         Raises:
             WorkerError: it could not start, or a part of it died; everything is closed then.
         """
-        self._failure = asyncio.get_running_loop().create_future()
+        handed_back = 0
         try:
-            if not await self._open_unless(stop):
-                self._raise_dead([])
-                return EXIT_CLEAN
-            self._start()
-            await self._watch(stop)
-            cut_off = await self._drain(abort)
+            if await self._open(stop):
+                self._start()
+                await self._wait(stop)
+                handed_back = await self._drain(abort)
         finally:
             await self._close()
-        self._raise_dead([])
-        return EXIT_HANDED_BACK if cut_off else EXIT_CLEAN
+        self._raise_failure()
+        return EXIT_HANDED_BACK if handed_back else EXIT_CLEAN
+
+    @property
+    def is_working(self) -> bool:
+        """Whether every task takes jobs, or did so before the stop."""
+        return bool(self._parts)
 
     def fail(self, error: BaseException) -> None:
-        """Close everything, as when a part has died: foreign code ended the event loop.
+        """Close everything because foreign code ended the event loop.
 
-        Has an effect once `run` runs, which then raises `PartDiedError`.
+        `run` then raises `PartDiedError`, as if a part of it had died.
+
+        Args:
+            error: what the foreign code raised.
         """
-        if self._failure is not None and not self._failure.done():
-            self._failure.set_exception(error)
-            self._failure.exception()  # Whether or not somebody waits for it.
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        self._fail(
+            PartDiedError(
+                f"code outside of any job ended the event loop by {reason}; a callback that a "
+                "handler left there, as a rule. The log has the traceback"
+            )
+        )
 
     def tell(self) -> None:
         """Log what runs."""
-        jobs = [
-            job
-            for worker in self.workers
-            for job in running_jobs(worker.task.queue_name, worker.slots)
-        ]
+        jobs = [job for worker in self.workers for job in worker.running_jobs()]
         log.warning("running", jobs=len(jobs), asyncio_tasks=len(asyncio.all_tasks()))
         for job in jobs:
             log.warning("running_job", **job)
 
-    async def _open_unless(self, stop: asyncio.Event) -> bool:
-        """Connect to everything; give it up, and return False, when it is to stop already."""
-        opening: asyncio.Future[Any] = asyncio.ensure_future(self._open())
-        stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
-        try:
-            waited_for = [opening, stopping, *([self._failure] if self._failure else [])]
-            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-            if opening.done():
-                opening.result()
-            return opening.done()
-        finally:
-            stopping.cancel()
-            opening.cancel()
-            await asyncio.wait([opening])
+    # -- open ------------------------------------------------------------------------------------
 
-    async def _open(self) -> None:
-        """Connect to everything; all or none."""
+    async def _open(self, stop: asyncio.Event) -> bool:
+        """Connect to everything; give up and return False if `stop` is set first."""
+        return await self._until(stop, self._connect())
+
+    async def _connect(self) -> None:
         settings, timeout = self._settings, self._settings.worker_startup_timeout
-        # Before the recorder connects: it sets session options, which a pooler would hand on.
-        await _persist(self._examine_database, timeout)
+        # Before the recorder connects, because a pooler would give its session options to others.
+        await persist(self._oversight.examine_database, timeout)
         self.recorder = StatusRecorder(
             settings.database_url.get_secret_value(), max_connections=settings.database_pool_max
         )
@@ -144,7 +123,7 @@ class WorkerService:
         self._redis = redis = PipelinedRedis(settings.redis_url.get_secret_value())
         await redis.open(timeout)
         redis.refusals.patience = timeout
-        report = await _persist(lambda: self._examine_redis(redis), timeout)
+        report = await persist(lambda: self._oversight.examine_redis(redis), timeout)
         for warning in report.warnings:
             log.warning("redis_unfit", reason=warning)
         for task in self._tasks:
@@ -166,102 +145,88 @@ class WorkerService:
                 )
             )
 
-    async def _examine_database(self) -> None:
-        """Find out whether statuses can be recorded, as `check` does."""
-        settings = self._settings
-        await inspect_tasks_table(
-            settings.database_url.get_secret_value(),
-            queue=self._tasks[0].queue_name,
-            new_rows=settings.record_unknown_jobs,
-            patience=min(CONNECT_TIMEOUT, settings.worker_startup_timeout),
-        )
-
-    async def _examine_redis(self, redis: PipelinedRedis) -> RedisReport:
-        """Find out whether jobs can be run, as `check` does."""
-        queues = [task.queue_name for task in self._tasks]
-        return await examine_redis(redis, self._settings.bullmq_prefix, queues)
+    # -- start and wait --------------------------------------------------------------------------
 
     def _start(self) -> None:
         assert self._redis is not None
         assert self.recorder is not None
         for worker in self.workers:
             worker.start()
-        oversee, create = self._oversee, asyncio.create_task
         self._overseers = [
-            create(oversee(self.recorder.refusals, self._examine_database)),
-            create(oversee(self._redis.refusals, self._examine_redis_anew)),
+            asyncio.create_task(self._oversight.oversee_database(self.recorder.refusals)),
+            asyncio.create_task(self._oversight.oversee_redis(self._redis.refusals)),
         ]
+        self._parts += [*self.recorder.deaths(), *self._redis.deaths(), *self._overseers]
+        self._parts += [part for worker in self.workers for part in worker.deaths()]
+        for part in self._parts:
+            part.add_done_callback(self._note_end)
         log.info("worker_started", queues=[worker.task.queue_name for worker in self.workers])
 
-    async def _watch(self, stop: asyncio.Event) -> None:
-        """Wait until it is time to stop; a dead part is noticed by its end.
+    async def _wait(self, stop: asyncio.Event) -> None:
+        """Wait until it is time to stop.
 
         Raises:
             PartDiedError: a part ended unasked.
             WorkerError: a server refuses for good what the worker needs.
         """
-        assert self._failure is not None
-        stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
-        parts = self._parts()
-        try:
-            await asyncio.wait(
-                [stopping, self._failure, *parts], return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            stopping.cancel()
-        self._raise_dead(parts)
+        await self._until(stop)
 
-    def _parts(self) -> list[asyncio.Future[Any]]:
-        """What never ends while the service works."""
-        assert self._redis is not None
-        assert self.recorder is not None
-        parts: list[asyncio.Future[Any]] = [*self.recorder.deaths(), *self._redis.deaths()]
-        parts += [part for worker in self.workers for part in worker.deaths()]
-        return [*parts, *self._overseers]
+    # -- failures --------------------------------------------------------------------------------
 
-    def _raise_dead(self, parts: Collection[asyncio.Future[Any]]) -> None:
-        if self._failure is not None and self._failure.done():
-            error = self._failure.exception()
-            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-            raise PartDiedError(
-                f"code outside of any job ended the event loop by {reason}; a callback that a "
-                "handler left there, as a rule. The log has the traceback"
-            )
-        for part in parts:
-            if part in self._overseers and part.done() and not part.cancelled():
-                part.result()  # It says by its error that a server refuses for good.
-            if part.done():
-                raise PartDiedError(f"{_name_of(part)} ended unasked: {_reason_of(part)}")
+    def _fail(self, error: WorkerError) -> None:
+        """Have `run` raise this; the first error counts."""
+        self._failure = self._failure or error
+        self._failed.set()
 
-    async def _oversee(self, refusals: Refusals, examine: Callable[[], Awaitable[Any]]) -> None:
-        """End with an error when a server refuses for good; an outage is waited out.
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _note_end(self, part: Part) -> None:
+        """Fail because a part has ended; only slots that drain end by themselves."""
+        error = None if part.cancelled() else part.exception()
+        if self._is_closing:
+            return
+        if part in self._overseers and isinstance(error, WorkerError):
+            self._fail(error)
+        elif part.cancelled() or error or not self.workers[0].is_stopping:
+            self._fail(PartDiedError(f"{_name_of(part)} ended unasked: {_reason_of(part)}"))
+
+    async def _until(
+        self,
+        event: asyncio.Event,
+        *work: Coroutine[Any, Any, None],
+        timeout: float | None = None,
+    ) -> bool:
+        """Wait until the work is done, the event is set or the time is over; cancel the work then.
+
+        Args:
+            timeout: seconds; for ever, if not given.
+
+        Returns:
+            Whether the work is done.
 
         Raises:
-            WorkerError: the server refuses at a check what it has refused for long.
+            WorkerError: a part died, which ends the wait, too.
         """
-        while True:
-            await refusals.lasting.wait()
-            try:
-                await examine()
-            except (
-                DatabaseRefusedError,
-                DatabaseUnfitError,
-                RedisRefusedError,
-                RedisUnfitError,
-            ) as error:
-                raise type(error)(f"refused for {refusals.patience:g} s: {error}") from None
-            except (DatabaseUnavailableError, RedisUnavailableError, RedisConnectionError):
-                pass
-            refusals.forget()
-
-    async def _examine_redis_anew(self) -> None:
-        """As `_examine_redis`, over a new connection: it is ours that may be refused."""
-        redis = PipelinedRedis(self._settings.redis_url.get_secret_value())
+        working = [asyncio.ensure_future(each) for each in work]
+        others = [asyncio.ensure_future(each.wait()) for each in (event, self._failed)]
         try:
-            await redis.open(CONNECT_TIMEOUT)
-            await self._examine_redis(redis)
+            await asyncio.wait(
+                [*working, *others], timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            done = [each for each in working if each.done()]
         finally:
-            await redis.aclose()
+            for each in (*working, *others):
+                each.cancel()
+            if working:
+                await asyncio.wait(working)
+        for each in done:
+            each.result()
+        self._raise_failure()
+        return bool(done)
+
+    # -- drain and close -------------------------------------------------------------------------
 
     async def _drain(self, abort: asyncio.Event) -> int:
         """Let what runs finish, until the deadline or `abort`; then cut it off.
@@ -269,40 +234,14 @@ class WorkerService:
         Returns:
             How many jobs were cut off.
         """
-        log.info("worker_stopping", grace_s=self._settings.worker_shutdown_grace)
+        grace = self._settings.worker_shutdown_grace
+        log.info("worker_stopping", grace_s=grace)
         for worker in self.workers:
             worker.stop()
-        aborted: asyncio.Future[Any] = asyncio.ensure_future(abort.wait())
-        drained: asyncio.Future[Any] = asyncio.ensure_future(self._drained())
-        died = self._first_death()
-        try:
-            await asyncio.wait(
-                [aborted, drained, died],
-                timeout=self._settings.worker_shutdown_grace,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if died.done():
-                self._raise_dead([died.result()])
-            if not drained.done():
-                log.warning("drain_cut_short", aborted=abort.is_set())
-        finally:
-            aborted.cancel()
-            drained.cancel()
-            await asyncio.wait([drained])
+        if not await self._until(abort, self._drained(), timeout=grace):
+            log.warning("drain_cut_short", aborted=abort.is_set())
+        self._is_closing = True
         return await self._close_workers()
-
-    def _first_death(self) -> asyncio.Future[asyncio.Future[Any]]:
-        """The first part that fails while the slots end, one after the other, as they should."""
-        assert self._failure is not None
-        first: asyncio.Future[asyncio.Future[Any]] = asyncio.get_running_loop().create_future()
-
-        def notice(part: asyncio.Future[Any]) -> None:
-            if not first.done() and (part.cancelled() or part.exception() is not None):
-                first.set_result(part)
-
-        for part in (self._failure, *self._parts()):
-            part.add_done_callback(notice)
-        return first
 
     async def _drained(self) -> None:
         await asyncio.gather(*(worker.drained() for worker in self.workers))
@@ -314,11 +253,12 @@ class WorkerService:
 
     async def _close(self) -> None:
         """Close in the order of need: the recorder serves the workers, Redis serves both."""
+        self._is_closing = True
         for overseer in self._overseers:
             overseer.cancel()
         await self._close_workers()
         if self._overseers:
-            # One that is examining a server which hangs is not waited for any longer.
+            # An overseer that examines a server which hangs is not waited for any longer.
             await asyncio.wait(self._overseers, timeout=OVERSEER_PATIENCE)
         if self.recorder is not None:
             await self.recorder.close(FLUSH_TIMEOUT)
@@ -327,33 +267,11 @@ class WorkerService:
         log.info("worker_stopped")
 
 
-async def _persist(ask: Callable[[], Awaitable[T]], timeout: float) -> T:
-    """Ask a server; one that is away may come in time.
-
-    Raises:
-        WorkerError: it did not, within `timeout` seconds, or it is not fit.
-    """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
-    while True:
-        try:
-            return await ask()
-        except (DatabaseRefusedError, RedisRefusedError):
-            raise
-        except (RedisConnectionError, DatabaseUnavailableError) as error:
-            if loop.time() > deadline:
-                if isinstance(error, DatabaseUnavailableError):
-                    reason = f"{error} (waited {timeout:g} s)"
-                    raise DatabaseUnavailableError(reason) from None
-                raise RedisUnavailableError(f"Redis went away: {error}") from error
-        await asyncio.sleep(START_PAUSE)
-
-
-def _name_of(part: asyncio.Future[Any]) -> str:
+def _name_of(part: Part) -> str:
     return part.get_name() if isinstance(part, asyncio.Task) else "the connection to Redis"
 
 
-def _reason_of(part: asyncio.Future[Any]) -> str:
+def _reason_of(part: Part) -> str:
     if part.cancelled():
         return "it was cancelled"
     error = part.exception()

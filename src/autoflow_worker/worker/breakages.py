@@ -1,20 +1,22 @@
-"""What a task does when this worker or its machine, and no job, is at fault: it slows down."""
+"""A task slows down when this worker or its machine is at fault, and no job is."""
 
 import asyncio
 from typing import Final
+
+from autoflow_worker.pauses import Pauses
 
 FIRST_PAUSE: Final = 0.5
 """Seconds for which a task takes no job after something broke; doubled each time."""
 
 MAX_BREAKAGES: Final = 5
-"""Times in a row without one success after which the task counts as broken for good."""
+"""Pauses in a row without one success after which the task counts as broken for good."""
 
 
 class Breakages:
     """Counts how often in a row a task's slots broke.
 
-    What breaks while the task pauses counts together with what began the pause: when a machine has
-    no thread left, all slots break at once.
+    What breaks during a pause counts together with what began the pause: on a machine without a
+    free thread, all slots break at once.
 
     Attributes:
         in_a_row: pauses since the last success; 0 if the last attempt did not break its slot.
@@ -23,20 +25,22 @@ class Breakages:
 
     def __init__(self) -> None:
         self.in_a_row = 0
-        self._until = 0.0
         self.last: Exception | None = None
+        self._pauses = Pauses(FIRST_PAUSE, FIRST_PAUSE * 2**MAX_BREAKAGES)
+        self._until = 0.0
 
     def note(self, error: Exception) -> None:
-        """A slot broke: pause, twice as long as the last time."""
+        """Begin a pause because a slot broke, unless the task pauses already."""
         self.last = error
         now = asyncio.get_running_loop().time()
         if now >= self._until:
-            self._until = now + FIRST_PAUSE * 2**self.in_a_row
+            self._until = now + self._pauses.take()
             self.in_a_row += 1
 
     def end(self) -> None:
-        """An attempt went its whole way, or a job was found to be at fault."""
+        """Start anew: an attempt went its whole way, or a job was found to be at fault."""
         self.in_a_row, self._until = 0, 0.0
+        self._pauses.restart()
 
     @property
     def pause(self) -> float:

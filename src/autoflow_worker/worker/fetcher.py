@@ -1,7 +1,6 @@
-"""Getting jobs: one slot at a time asks, and an idle queue costs one blocked connection."""
+"""Fetching jobs: one slot at a time fetches, and an idle queue costs one blocked connection."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Collection
 from typing import Any
 
@@ -11,6 +10,8 @@ from redis.exceptions import RedisError
 
 from autoflow_worker.broker.claim import Claim, Reply
 from autoflow_worker.broker.job_queue import OUTAGE_PAUSE, OUTAGE_PAUSE_MAX, JobQueue
+from autoflow_worker.clock import now_ms
+from autoflow_worker.pauses import Pauses
 from autoflow_worker.worker.breakages import Breakages
 from autoflow_worker.worker.threads import HandlerThreads
 
@@ -18,15 +19,14 @@ log = structlog.get_logger(__name__)
 
 
 class Fetcher:
-    """Gives the slots of one TaskWorker their jobs, until it is stopped.
+    """Fetches the jobs for the slots of one TaskWorker, until it is stopped.
 
     Args:
         queue: the queue.
         running: the claims that are held right now.
-        drain_delay: seconds, BullMQ's `drainDelay`: an idle queue is asked about that often even
-            without a marker.
-        threads: the task's threads; no job is taken that would find none.
-        breakages: how often in a row the task's slots broke; no job is taken during their pause.
+        drain_delay: seconds, BullMQ's `drainDelay`: an idle queue costs one command in that time.
+        threads: the task's threads; no job is fetched that would find none.
+        breakages: how often in a row the task's slots broke; no job is fetched during their pause.
     """
 
     def __init__(
@@ -39,7 +39,10 @@ class Fetcher:
     ) -> None:
         self._queue = queue
         self._running = running
-        self._drain_delay = drain_delay
+        # A fetch follows each blocking read, even one in vain, because a marker can die with the
+        # worker that took it. Block for 2.5 x `drainDelay`. The blocking read, the fetch and the
+        # stalled check together then average one command per `drainDelay`.
+        self._block_seconds = 2.5 * drain_delay
         self._threads = threads
         self._breakages = breakages
         self._stop = asyncio.Event()
@@ -66,13 +69,17 @@ class Fetcher:
 
     @property
     def wants_more(self) -> bool:
-        """Whether an acknowledgement is to bring the next job."""
+        """Whether an acknowledgement is to fetch the next job."""
         return self._threads.has_room and not (self._breakages.in_a_row or self._stop.is_set())
 
     async def next(self, owner: str) -> Claim | None:
-        """Wait for a job and claim it; None when stopping."""
+        """Wait for a job and claim it; None when stopping.
+
+        Args:
+            owner: what the slot's tokens begin with.
+        """
         async with self._fetching:
-            pause = OUTAGE_PAUSE
+            pauses = Pauses(OUTAGE_PAUSE, OUTAGE_PAUSE_MAX)
             unsure = False
             refusal = ""
             while not self.is_stopping:
@@ -81,8 +88,8 @@ class Fetcher:
                         claim = await self.claimed_unawares(owner)
                         unsure = False
                     else:
-                        await self._await_readiness()
-                        await self._await_work()
+                        await self._until_ready()
+                        await self._until_work()
                         if self.is_stopping:
                             break
                         if not self._queue.is_connected:
@@ -92,27 +99,26 @@ class Fetcher:
                         claim = self.take(await self._queue.fetch(f"{owner}{self._tokens}"))
                     if claim is not None:
                         return claim
-                    pause = OUTAGE_PAUSE
+                    pauses.restart()
                 except RedisError as error:
                     if not isinstance(error, RedisConnectionError) and str(error) != refusal:
                         refusal = str(error)
                         log.error("fetch_refused", queue=self._queue.name, reason=refusal)
-                    # A job may have been claimed, or a marker taken, and only the reply lost.
+                    # Redis may have claimed a job, or given away a marker, in a reply that is lost.
                     unsure, self._drained = True, False
-                    await self._until_stopped(asyncio.sleep(pause))
+                    await self._until_stopped(pauses.sleep())
                     await self._until_stopped(self._queue.connected())
-                    pause = min(pause * 2, OUTAGE_PAUSE_MAX)
         return None
 
-    async def _await_readiness(self) -> None:
-        """Return when a job that is taken can be run."""
+    async def _until_ready(self) -> None:
+        """Wait until a job that is fetched can be run."""
         if self._breakages.in_a_row:
             await self._until_stopped(asyncio.sleep(self._breakages.pause))
         if not self._threads.has_room:
             await self._until_stopped(self._threads.room())
 
-    async def _await_work(self) -> None:
-        """Return when a fetch may bring a job."""
+    async def _until_work(self) -> None:
+        """Wait until a fetch may find a job."""
         loop = asyncio.get_running_loop()
         limited = self._limited_until - loop.time()
         if limited > 0:
@@ -120,25 +126,19 @@ class Fetcher:
             return
         if not self._drained:
             return
-        due_in = (self._delayed_until - _now_ms()) / 1000 if self._delayed_until else None
+        due_in = (self._delayed_until - now_ms()) / 1000 if self._delayed_until else None
         if due_in is not None and due_in <= 0:
             return
         if self.is_stopping:
             return
         self._wake.clear()
-        # The server ends a blocking read up to 0.1 s late; the next delayed job can't wait so long.
+        # Redis ends a blocking read up to 0.1 s late, which is too late for a delayed job.
         timer = None if due_in is None else loop.call_later(due_in, self._wake.set)
         try:
             await self._queue.marker.wait(self._block_seconds, self._wake)
         finally:
             if timer is not None:
                 timer.cancel()
-
-    @property
-    def _block_seconds(self) -> float:
-        # A fetch follows each blocking read, even one in vain: a marker can die with the worker
-        # that took it. So long, these two and the stalled check are one command per `drainDelay`.
-        return 2.5 * self._drain_delay
 
     async def _until_stopped(self, waiting: Awaitable[Any]) -> None:
         """Await this, but no longer than until `stop`."""
@@ -151,7 +151,7 @@ class Fetcher:
             stopped.cancel()
 
     def take(self, reply: Reply) -> Claim | None:
-        """Note what a reply says of the queue; its job."""
+        """Note what a reply says of the queue, and return the job that it brought."""
         if reply.fetched:
             self._drained = reply.claim is None and not reply.limited_ms
             self._delayed_until = reply.delayed_until
@@ -163,10 +163,6 @@ class Fetcher:
         return reply.claim
 
     async def claimed_unawares(self, owner: str) -> Claim | None:
-        """A job that Redis gave to this slot in a reply that got lost."""
+        """Return the job that Redis claimed for this slot in a reply that was lost, if any."""
         known = [claim.id for claim in self._running if claim.token.startswith(owner)]
         return next(iter(await self._queue.adopt(owner, known)), None)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -1,8 +1,7 @@
-"""One attempt: run the handler, within its time limit, and tell whatever came of it."""
+"""One call of a handler: run it within its time limit, and return whatever came of it."""
 
 import asyncio
 import inspect
-import math
 import sys
 import time
 from collections.abc import Awaitable, Coroutine
@@ -15,18 +14,15 @@ import structlog
 from autoflow_worker.process.forks import Forked, end_of_child
 from autoflow_worker.tasks.definition import TaskContext, TaskDefinition
 from autoflow_worker.worker.threads import HandlerExitError, HandlerThreads
+from autoflow_worker.worker.time_limit import Ended, TimeLimit, end
 
 log = structlog.get_logger(__name__)
 
 UNWIND_PATIENCE: Final = 0.5
-"""Seconds that a cancelled handler has for its own cleaning up before it is left behind."""
+"""Seconds that a cancelled handler has to clean up before it is left behind."""
 
-# What was left behind must not be collected while it runs; asyncio holds only weak references.
+# asyncio holds only weak references: a handler that is left behind must not be collected.
 _strays: set[asyncio.Future[Any]] = set()
-
-
-class TimeLimitError(Exception):
-    """The handler ran past its time limit."""
 
 
 class HandlerCancelledError(Exception):
@@ -48,57 +44,6 @@ class Outcome:
     duration_ms: int
 
 
-@dataclass(slots=True, eq=False)
-class _Wait:
-    """An attempt that is waited for until the future is done, or the time is over."""
-
-    ended: asyncio.Future[TimeLimitError | None]
-    deadline: float
-
-
-class TimeLimit:
-    """The time limit of one task's attempts.
-
-    They all have the same, so they run out of time in the order in which they started, and one
-    timer does for all of them.
-
-    Args:
-        timeout_ms: of one attempt; None: no limit.
-    """
-
-    def __init__(self, timeout_ms: int | None) -> None:
-        self._timeout_ms = timeout_ms
-        self._waits: dict[_Wait, None] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    def add(self, ended: asyncio.Future[TimeLimitError | None]) -> _Wait:
-        """An attempt starts; the future gets a `TimeLimitError` if its time is over before."""
-        if self._timeout_ms is None:
-            return _Wait(ended, math.inf)
-        loop = ended.get_loop()
-        wait = _Wait(ended, loop.time() + self._timeout_ms / 1000)
-        self._waits[wait] = None
-        if self._timer is None:
-            self._timer = loop.call_at(wait.deadline, self._expire)
-        return wait
-
-    def remove(self, wait: _Wait) -> None:
-        """An attempt has ended."""
-        self._waits.pop(wait, None)
-
-    def _expire(self) -> None:
-        self._timer = None
-        loop = asyncio.get_running_loop()
-        while self._waits:
-            oldest = next(iter(self._waits))
-            if oldest.deadline > loop.time():
-                self._timer = loop.call_at(oldest.deadline, self._expire)
-                return
-            del self._waits[oldest]
-            words = f"the handler ran past its time limit of {self._timeout_ms} ms"
-            _end(oldest.ended, TimeLimitError(words))
-
-
 async def execute(
     task: TaskDefinition[Any],
     payload: Any,
@@ -106,23 +51,23 @@ async def execute(
     limit: TimeLimit,
     threads: HandlerThreads,
 ) -> Outcome:
-    """Run one attempt to its end.
+    """Call the handler once, and wait for its end.
 
-    Cancelling this cancels the handler. A handler that neither ends nor lets itself be cancelled
-    is left behind after `UNWIND_PATIENCE`: nobody waits for it any more, its result is dropped.
+    Cancelling this coroutine cancels the handler. A handler that neither ends nor can be cancelled
+    is left behind after `UNWIND_PATIENCE`: its slot goes on, and its result is dropped.
 
     Raises:
-        asyncio.CancelledError: this was cancelled, and the handler did not finish all the same.
+        asyncio.CancelledError: this coroutine was cancelled, and the handler did not return.
         NoThreadError: the machine gives no thread; the handler was not called.
     """
     loop = asyncio.get_running_loop()
     started = time.perf_counter()
-    ended: asyncio.Future[TimeLimitError | None] = loop.create_future()
+    ended: Ended = loop.create_future()
     handler: asyncio.Future[Any]
     error: BaseException | None = None
     if task.is_async:
         call = cast(Coroutine[Any, Any, Any], task.handler(payload, context))
-        handler = _start(call, ended, context.queue_name)
+        handler = _start(call, ended, context)
     else:
         handler = threads.run(lambda: task.handler(payload, context))
         handler.add_done_callback(partial(_end_of, ended))
@@ -131,9 +76,9 @@ async def execute(
         if not handler.done():
             error = await wait.ended
         if not task.is_async and error is None and (rest := _rest_of(handler)) is not None:
-            # A plain function around an async one has only now given what is to be waited for.
+            # A plain function around an async one has only now returned what is to be awaited.
             wait.ended = loop.create_future()
-            handler = _start(rest, wait.ended, context.queue_name)
+            handler = _start(rest, wait.ended, context)
             error = await wait.ended
     except asyncio.CancelledError:
         await _unwind(handler, context, threads)
@@ -141,7 +86,7 @@ async def execute(
             raise
         if not task.is_async and _rest_of(handler) is not None:
             raise
-        error = None  # It had finished after all, and finished work is not done again.
+        error = None  # The handler returned all the same, and finished work is not done again.
     finally:
         limit.remove(wait)
     if error is not None:
@@ -154,12 +99,16 @@ async def execute(
     return Outcome(value, error, round((time.perf_counter() - started) * 1000))
 
 
-def _start(
-    call: Awaitable[Any], ended: asyncio.Future[TimeLimitError | None], name: str
-) -> asyncio.Task[Any]:
-    handler = _new_task(_contain(call, ended), name)
+def task_name(queue_name: str, task_id: str) -> str:
+    """Return the name of the asyncio task in which the handler of a job runs."""
+    return f"job {task_id} of {queue_name}"
+
+
+def _start(call: Awaitable[Any], ended: Ended, context: TaskContext) -> asyncio.Task[Any]:
+    handler = _new_task(_contain(call, ended), task_name(context.queue_name, context.task_id))
     if not handler.done():
-        # If the task is cancelled before its first step, `_contain` never runs.
+        # If the task is cancelled before its first step, `_contain` never runs; this callback
+        # reports the end.
         handler.add_done_callback(partial(_end_of, ended))
     return handler
 
@@ -167,7 +116,7 @@ def _start(
 if sys.version_info >= (3, 12):
 
     def _new_task(call: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        """A handler that does not wait for anything has ended when this returns."""
+        """Start an eager task: a handler that waits for nothing has ended when this returns."""
         loop = asyncio.get_running_loop()
         handler = asyncio.Task(call, loop=loop, name=name, eager_start=True)
         if Forked.here:
@@ -180,17 +129,12 @@ else:
         return asyncio.Task(call, loop=asyncio.get_running_loop(), name=name)
 
 
-def _end(ended: asyncio.Future[TimeLimitError | None], error: TimeLimitError | None) -> None:
-    if not ended.done():
-        ended.set_result(error)
-
-
-def _end_of(ended: asyncio.Future[TimeLimitError | None], _handler: asyncio.Future[Any]) -> None:
-    _end(ended, None)
+def _end_of(ended: Ended, _handler: asyncio.Future[Any]) -> None:
+    end(ended, None)
 
 
 def _rest_of(handler: asyncio.Future[Any]) -> Awaitable[Any] | None:
-    """What is still to be awaited of a handler that is no `async def`."""
+    """Return what is still to be awaited of a handler that is no `async def`."""
     if handler.cancelled() or handler.exception() is not None:
         return None
     value = handler.result()
@@ -200,7 +144,7 @@ def _rest_of(handler: asyncio.Future[Any]) -> Awaitable[Any] | None:
 async def _unwind(
     handler: asyncio.Future[Any], context: TaskContext, threads: HandlerThreads
 ) -> None:
-    """Cancel the handler and give it a moment; leave it behind if it stays."""
+    """Cancel the handler, and leave it behind if it has not ended after `UNWIND_PATIENCE`."""
     if isinstance(handler, asyncio.Task):
         handler.cancel()
     await asyncio.wait({handler}, timeout=UNWIND_PATIENCE)
@@ -219,13 +163,13 @@ def _forget(handler: asyncio.Future[Any]) -> None:
 
 
 def _discard(handler: asyncio.Future[Any]) -> None:
-    """Look at what nobody wants any more, so that Python does not complain that nobody did."""
+    """Retrieve a result that nobody needs, so that Python does not warn of it."""
     rest = _rest_of(handler)
     if inspect.iscoroutine(rest):
         rest.close()
 
 
-async def _contain(call: Awaitable[Any], ended: asyncio.Future[TimeLimitError | None]) -> Any:
+async def _contain(call: Awaitable[Any], ended: Ended) -> Any:
     """Keep `SystemExit` and its like from ending the event loop."""
     try:
         return await call
@@ -234,5 +178,5 @@ async def _contain(call: Awaitable[Any], ended: asyncio.Future[TimeLimitError | 
     except BaseException as error:
         raise HandlerExitError(f"the handler raised {type(error).__name__}: {error}") from error
     finally:
-        # A done callback would tell it one turn of the event loop later.
-        _end(ended, None)
+        # A done callback would run one turn of the event loop later.
+        end(ended, None)

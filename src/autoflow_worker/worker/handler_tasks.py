@@ -1,6 +1,6 @@
-"""Tasks that handlers start: `SystemExit` in one of them costs its job, and not the worker.
+"""Asyncio tasks that handlers start: `SystemExit` in one of them must not end the worker.
 
-asyncio hands `SystemExit` and `KeyboardInterrupt` of any task on to whoever runs the event loop.
+asyncio raises `SystemExit` and `KeyboardInterrupt` of any task out of the event loop.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ _OWN_CODE: Final = str(Path(__file__).parents[1]) + os.sep
 
 
 def contain_tasks(loop: asyncio.AbstractEventLoop) -> None:
-    """Have each task that foreign code makes on this loop keep what would end the process."""
+    """Turn `SystemExit` of each task that foreign code makes into a `HandlerExitError`."""
     loop.set_task_factory(_make_task)
 
 
@@ -29,8 +29,8 @@ def _make_task(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> as
 class Contained(Coroutine[Any, Any, Any]):
     """A coroutine that raises `HandlerExitError` in place of `SystemExit` and its like.
 
-    Not an `async def` around the other: a task that is cancelled before it runs would leave the
-    inner coroutine unawaited, which Python complains about.
+    This is no `async def` around the other coroutine: a task that is cancelled before its first
+    step would leave the inner coroutine unawaited, and Python warns of that.
     """
 
     __slots__ = ("_coro",)
@@ -57,7 +57,7 @@ class Contained(Coroutine[Any, Any, Any]):
         return self._coro.__await__()
 
     def __getattr__(self, name: str) -> Any:
-        # `cr_frame`, `__qualname__` and the like: the task's stack and repr are the coroutine's.
+        # `cr_frame`, `__qualname__` and the like: the task shows the coroutine's stack and repr.
         return getattr(self._coro, name)
 
 

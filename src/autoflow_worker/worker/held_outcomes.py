@@ -1,18 +1,18 @@
-"""How many slots of one TaskWorker may wait with outcomes that PostgreSQL does not take."""
+"""A limit to the slots of one TaskWorker that wait with outcomes which PostgreSQL refuses."""
 
 
 class HeldOutcomes:
-    """A limit, so that rows which PostgreSQL refuses don't take every slot from the other jobs.
+    """Keeps slots free for other jobs, whatever rows PostgreSQL refuses.
 
     Args:
-        limit: outcomes that may be held at once.
+        limit: slots that may wait with a refused outcome at once.
     """
 
     def __init__(self, limit: int) -> None:
         self._room = limit
 
     def enter(self) -> bool:
-        """Take one place, if there is one."""
+        """Take one place; return whether there was one."""
         if self._room <= 0:
             return False
         self._room -= 1

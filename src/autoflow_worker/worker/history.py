@@ -1,13 +1,13 @@
 """One attempt's entries in its job's row: the start, and the outcome."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Mapping
 from typing import Any, Final, Protocol
 
 import structlog
 
 from autoflow_worker.broker.claim import Claim
+from autoflow_worker.clock import now_ms
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.write import NewRow, Recorder, Verdict, Write
 from autoflow_worker.worker.held_outcomes import HeldOutcomes
@@ -15,41 +15,41 @@ from autoflow_worker.worker.held_outcomes import HeldOutcomes
 log = structlog.get_logger(__name__)
 
 REFUSAL_PATIENCE: Final = 5.0
-"""Seconds that a slot waits with an outcome that PostgreSQL refuses while too many others do."""
+"""Seconds that a slot waits with a refused outcome while `HeldOutcomes` has no room for it."""
 
 RERUN_PATIENCE: Final = 1.0
-"""Seconds that recording a job as delayed may take before it is handed back all the same."""
+"""Seconds that recording a job as delayed may take; then the job is handed back all the same."""
 
 
 class OutcomeRefusedError(Exception):
-    """PostgreSQL refuses the outcome, and the slot is needed: the work has to be done again."""
+    """PostgreSQL refuses an outcome, and too many slots wait with theirs: the job runs again."""
 
 
 class Locks(Protocol):
-    """What a history needs of the job's queue."""
+    """The part of a `JobQueue` that a history needs."""
 
     @property
     def name(self) -> str: ...
 
     async def make_sure_of(self, claim: Claim) -> None:
-        """Ask Redis whose the job is; raise if it is not ours any more."""
+        """Ask Redis whose the job is; raise `LockLostError` if it is not ours any more."""
         ...
 
 
 class JobHistory:
-    """Writes one attempt's story into its job's row.
+    """Records the start and the outcome of one attempt in its job's row.
 
-    The row's `startedAt` tells attempts apart: an outcome is written only while the row still
-    shows this attempt's own start. So whatever comes late, an older attempt never overwrites what
-    a newer one wrote. Where the row shows another start (a clock that goes wrong, an API that has
-    reset the row, or a newer attempt), the job's lock decides.
+    The row's `startedAt` tells attempts apart: an outcome is written only while the row shows this
+    attempt's own start. So a late write of an older attempt never overwrites a newer attempt's. If
+    the row shows another start, the job's lock decides: a clock may be wrong, the API may have
+    reset the row, or there is a newer attempt.
 
     Args:
-        queue: the job's; rows of other queues are left alone.
+        recorder: writes the patches.
+        queue: the job's queue; rows of other queues are left alone.
         claim: the attempt.
-        held: how many slots may wait with outcomes that PostgreSQL refuses.
-        record_unknown_jobs: whether a job without a row gets one (contract, section 4), or no
-            history.
+        held: limits how many slots wait with outcomes that PostgreSQL refuses.
+        record_unknown_jobs: whether a job without a row gets one (contract, section 4).
     """
 
     __slots__ = (
@@ -90,12 +90,16 @@ class JobHistory:
         self._recorded = True
 
     async def start(self) -> Verdict:
-        """Record the start; with a limit to the wait, after which the write follows by itself.
+        """Record the start, and wait for its commit, within the recorder's `START_PATIENCE`.
+
+        Returns:
+            `Verdict.LATE` if the wait is over first; the recorder goes on with the write.
 
         Raises:
             LockLostError: the job is not ours any more; nothing was written.
         """
-        # Not the time of the write: it tells claims apart, and a stale one must look stale.
+        # The time of the claim, not of the write: it tells claims apart, and a late write of an
+        # older claim must look old.
         claim = self._claim
         patch = self._start = patches.active_patch(
             now_ms=claim.claimed_ms, attempt=claim.attempt, again=claim.attempts_started > 1
@@ -122,26 +126,25 @@ class JobHistory:
 
     def complete(self, result: patches.Record) -> Awaitable[Verdict]:
         """Record that the handler returned; see `finish`."""
-        now_ms = time.time_ns() // 1_000_000
-        return self.finish(patches.completed_patch(now_ms=now_ms, result=result))
+        return self.finish(patches.completed_patch(now_ms=now_ms(), result=result))
 
     async def finish(self, patch: Mapping[str, Any]) -> Verdict:
         """Record an outcome, however long it takes.
 
         Raises:
             LockLostError: the job is not ours any more; nothing was written.
-            OutcomeRefusedError: PostgreSQL refuses it, and so many others that this slot can't wait
-                any longer; nothing was written.
+            OutcomeRefusedError: PostgreSQL refuses it, and too many slots wait with refused
+                outcomes; nothing was written.
         """
         verdict = await self._tell(patch)
         if verdict is Verdict.CONTESTED:
             await self._queue.make_sure_of(self._claim)
-            # The row may know nothing of this attempt: a crash of PostgreSQL can lose a start.
+            # PostgreSQL may have lost this attempt's start in a crash, so write it along.
             verdict = await self._persist(self._submit({**(self._start or {}), **patch}))
         return verdict
 
     async def follow(self, patch: Mapping[str, Any]) -> Verdict:
-        """Record what became of a job that is not held any more: a newer attempt goes first."""
+        """Record an outcome, unless a newer attempt has already written to the row."""
         try:
             return await self._tell(patch)
         except OutcomeRefusedError as error:
@@ -149,7 +152,7 @@ class JobHistory:
             return Verdict.WITHDRAWN
 
     async def run_again(self, until_ms: int) -> None:
-        """Record that the job runs again at a time, if PostgreSQL takes that soon."""
+        """Record when the job runs again, or give that up after `RERUN_PATIENCE`."""
         try:
             async with asyncio.timeout(RERUN_PATIENCE):
                 await self.follow(patches.moved_to_delayed_patch(until_ms=until_ms))
@@ -157,7 +160,7 @@ class JobHistory:
             log.warning("rerun_not_recorded", row=self._row_id)
 
     async def _tell(self, patch: Mapping[str, Any]) -> Verdict:
-        """Record a patch behind this attempt's own start."""
+        """Record a patch after this attempt's own start."""
         if self._late is not None:
             await self._catch_up(self._late)
         if not self._recorded:
@@ -172,7 +175,7 @@ class JobHistory:
                 return verdict
 
     async def _catch_up(self, late: Write) -> None:
-        """Wait for a start that the handler did not wait for."""
+        """Wait for the start, if the handler started before its commit."""
         self._late = None
         verdict = await self._persist(late)
         while self._finds_its_row(verdict):
@@ -180,7 +183,7 @@ class JobHistory:
         self._note_start(verdict)
 
     def _note_start(self, verdict: Verdict) -> None:
-        # A row that is gone after the start was deleted by the API, and stays deleted.
+        # If the row is missing from here on, the API has deleted it, and it stays deleted.
         self._may_be_new = False
         self._new_row = None
         self._recorded = verdict is not Verdict.MISSING and verdict is not Verdict.UNUSABLE
@@ -188,9 +191,9 @@ class JobHistory:
             log.info("job_without_row", queue=self._queue.name, task_id=self._claim.id)
 
     def _finds_its_row(self, verdict: Verdict) -> bool:
-        """Whether a write that found no row of this job may be sent again, and will find one."""
+        """Prepare to send a write again that found no row of this job; False if there is none."""
         if verdict is Verdict.FOREIGN:
-            # Another queue's task has this id: this job's history gets a row of its own.
+            # Another queue's task has this id, so this job gets a row of its own.
             self._row_id = patches.own_row_id(self._queue.name, self._row_id)
             self._is_redirected = True
             return True
@@ -201,11 +204,11 @@ class JobHistory:
 
     @property
     def _may_make_row(self) -> bool:
-        """Whether a row that is missing was never there, and is wanted (contract, section 4).
+        """Whether a missing row was never there, and is to be made (contract, section 4).
 
-        The API makes a task's row before its job, and any other job gets one with its first
-        attempt. So one that is missing later was deleted, and stays deleted. The first attempt may
-        take several claims: a worker that died after its claim may not have made the row.
+        The API makes a task's row before its job, and any other job gets its row with its first
+        attempt. So a row that is missing later was deleted, and stays deleted. The first attempt
+        may take several claims: a worker that died after its claim may not have made the row.
         """
         claim = self._claim
         return (
@@ -223,15 +226,15 @@ class JobHistory:
         return NewRow(patches.encode(row), patches.encode({**row, "payload": {}}))
 
     async def _persist(self, write: Write) -> Verdict:
-        """Wait until an outcome, or a late start before it, is settled; see `finish`."""
+        """Wait until a write is settled; see `finish`."""
         verdict = Verdict.PUT_OFF if write.times_put_off else await write.settled
         return await self._hold(write) if verdict is Verdict.PUT_OFF else verdict
 
     async def _hold(self, write: Write) -> Verdict:
-        """Wait with a write that was put off, if there is room for that, else not for long.
+        """Wait with a write that was put off; without room for that, for `REFUSAL_PATIENCE` only.
 
         Raises:
-            OutcomeRefusedError: it was withdrawn.
+            OutcomeRefusedError: the write was withdrawn.
         """
         is_held = self._held.enter()
         if not is_held:

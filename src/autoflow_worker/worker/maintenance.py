@@ -1,4 +1,4 @@
-"""What goes on beside the slots: locks are renewed, and dead workers' jobs are found."""
+"""What runs beside the slots: the renewal of locks, and the check for stalled jobs."""
 
 import asyncio
 from collections.abc import Collection, Mapping
@@ -15,7 +15,7 @@ from autoflow_worker.broker.job_queue import OUTAGE_PAUSE_MAX, JobQueue
 log = structlog.get_logger(__name__)
 
 STALLED_INTERVAL_MS: Final = 30_000
-"""BullMQ's `stalledInterval`: how often a worker looks for jobs that a dead one left behind."""
+"""BullMQ's `stalledInterval`, in ms: how often a worker looks for the jobs of dead workers."""
 
 
 class Maintenance:
@@ -32,14 +32,11 @@ class Maintenance:
     ) -> None:
         self._queue = queue
         self._running = running
-        self._options = options
-
-    @property
-    def _renew_every(self) -> float:
-        option: float = self._options.get("lockRenewTime", self._queue.lock_ms / 2)
-        return option / 1000
+        self._renew_every: float = options.get("lockRenewTime", queue.lock_ms / 2) / 1000
+        self._look_every: float = options.get("stalledInterval", STALLED_INTERVAL_MS) / 1000
 
     async def keep_locks(self) -> None:
+        """Renew the locks of the running jobs, for ever."""
         lock, renew = self._queue.lock_ms / 1000, self._renew_every
         while True:
             await asyncio.sleep(renew / 2)
@@ -48,7 +45,7 @@ class Maintenance:
             await self._queue.insist(partial(self._queue.extend, due))
 
     async def watch_stalled(self) -> None:
-        interval = self._options.get("stalledInterval", STALLED_INTERVAL_MS) / 1000
+        """Return stalled jobs to the queue, for ever."""
         now = asyncio.get_running_loop().time
         while True:
             await self._queue.connected()
@@ -56,27 +53,28 @@ class Maintenance:
                 await asyncio.sleep(min(left, OUTAGE_PAUSE_MAX))
                 continue
             try:
-                # Our own are renewed last of all: a server that hung takes commands in their order.
+                # Renew our locks immediately before the check. Redis runs both in order, so our own
+                # jobs can't look stalled.
                 began = now()
                 await self._queue.extend(list(self._running))
                 if self._calm_in() > 0 or now() - began > self._renew_every:
-                    continue  # It has waited for the connection, or this process stood still.
+                    continue  # The renewal waited for a connection, or this process stood still.
                 stalled = await self._queue.check_stalled()
             except RedisConnectionError:
                 await asyncio.sleep(OUTAGE_PAUSE_MAX)
                 continue
             except ResponseError as error:
-                # A job that is no hash breaks BullMQ's script; it has taken that job out by then.
+                # BullMQ's script breaks on a job that is no hash, and has removed that job by then.
                 log.error("stalled_check_refused", queue=self._queue.name, reason=str(error))
                 stalled = []
             for job_id in stalled:
                 log.warning("job_stalled", queue=self._queue.name, task_id=job_id)
-            await asyncio.sleep(interval)
+            await asyncio.sleep(self._look_every)
 
     def _calm_in(self) -> float:
-        """Seconds until everybody has had the time to renew what expired during an outage.
+        """Return the seconds until every worker has had the time to renew its locks.
 
-        Locks expire then, and the jobs run on: they are not stalled.
+        Locks expire during an outage while their jobs run on: these jobs are not stalled.
         """
         calm_at = self._queue.up_since + self._renew_every + 2 * OUTAGE_PAUSE_MAX
         return calm_at - asyncio.get_running_loop().time()

@@ -1,44 +1,43 @@
-"""What a worker is doing right now, read from the frames of its slots: it costs jobs nothing."""
+"""What a worker is doing right now: each running job, and the line at which it waits."""
 
 import asyncio
 import linecache
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from autoflow_worker.broker.claim import Claim
-from autoflow_worker.worker.attempt import Attempt
-from autoflow_worker.worker.handler import execute
+from autoflow_worker.clock import now_ms
+from autoflow_worker.worker.handler import task_name
 
 
-def running_jobs(queue: str, slots: Iterable[asyncio.Task[None]]) -> Iterator[dict[str, Any]]:
-    """Describe the job of each slot that has one: its id, its seconds, where its handler waits.
+def running_jobs(queue: str, slots: Mapping[Claim, asyncio.Task[None]]) -> Iterator[dict[str, Any]]:
+    """Describe each running job: its id, its seconds, and where its handler waits.
 
-    The stack of a handler that is no `async def` is that of its thread, and not told here.
+    The stack of a handler that is no `async def` is that of its thread, which is not shown. Such a
+    job shows where its slot waits.
+
+    Args:
+        queue: the jobs' queue.
+        slots: the slot of each job.
     """
-    now_ms = time.time_ns() // 1_000_000
-    for slot in slots:
-        frames = list(waiting_frames(slot.get_coro()))
-        locals_of = {frame.f_code: frame.f_locals for frame in frames}
-        run = locals_of.get(Attempt.run.__code__)
-        claim = run and run.get("claim")
-        if not isinstance(claim, Claim):
-            continue
-        handler = locals_of.get(execute.__code__, {}).get("handler")
-        if isinstance(handler, asyncio.Task):
-            frames = list(waiting_frames(handler.get_coro()))[1:]
+    tasks = {task.get_name(): task for task in asyncio.all_tasks()}
+    for claim, slot in slots.items():
+        handler = tasks.get(task_name(queue, claim.id))
+        frames = list(waiting_frames((handler or slot).get_coro()))
+        if handler is not None:
+            del frames[0]  # The coroutine that contains the handler.
         yield {
             "queue": queue,
             "task_id": claim.id,
             "attempt": claim.attempt,
-            "seconds": round((now_ms - claim.claimed_ms) / 1000, 1),
+            "seconds": round((now_ms() - claim.claimed_ms) / 1000, 1),
             "stack": [_place(frame) for frame in frames],
         }
 
 
 def waiting_frames(awaitable: Any) -> Iterator[FrameType]:
-    """The frames of a coroutine that waits, and of what it waits for; the innermost last."""
+    """Yield the frames of a coroutine that waits, and of what it waits for, innermost last."""
     while awaitable is not None:
         inner = None
         for kind, waits_for in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):

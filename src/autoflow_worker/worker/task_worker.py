@@ -1,14 +1,13 @@
 """One task's jobs: fetch, start, run, record, acknowledge.
 
 `concurrency` slots each loop over one job after the other. Only one slot at a time fetches, so an
-idle queue costs one blocked connection; a busy slot gets its next job with the acknowledgement of
-the last. The order in a slot is the promise: the row's terminal status is committed first, then
+idle queue costs one blocked connection. A busy slot gets its next job with the acknowledgement of
+the last. The order in a slot is the promise: PostgreSQL commits the row's outcome first, then
 BullMQ is told. A crash in between runs the job again, and never leaves a row that lies.
 """
 
 import asyncio
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Final
 from uuid import uuid4
@@ -16,25 +15,23 @@ from uuid import uuid4
 import structlog
 from redis.exceptions import RedisError
 
-from autoflow_worker.broker.claim import (
-    ChildrenLeftError,
-    Claim,
-    LockLostError,
-    MalformedJobError,
-)
+from autoflow_worker.broker.claim import Claim, LockLostError
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.errors import TaskBrokenError, WorkerError
-from autoflow_worker.recording import patches
 from autoflow_worker.recording.write import Recorder
 from autoflow_worker.tasks.definition import TaskDefinition
+from autoflow_worker.worker.acknowledge import Acknowledger
 from autoflow_worker.worker.attempt import Attempt
 from autoflow_worker.worker.breakages import MAX_BREAKAGES, Breakages
 from autoflow_worker.worker.fetcher import Fetcher
-from autoflow_worker.worker.handler import UNWIND_PATIENCE, TimeLimit
+from autoflow_worker.worker.hand_back import HandBack
+from autoflow_worker.worker.handler import UNWIND_PATIENCE
 from autoflow_worker.worker.held_outcomes import HeldOutcomes
 from autoflow_worker.worker.history import JobHistory, OutcomeRefusedError
 from autoflow_worker.worker.maintenance import Maintenance
+from autoflow_worker.worker.running_jobs import running_jobs
 from autoflow_worker.worker.threads import HandlerThreads, NoThreadError
+from autoflow_worker.worker.time_limit import TimeLimit
 
 log = structlog.get_logger(__name__)
 
@@ -42,21 +39,10 @@ DRAIN_DELAY: Final = 5.0
 """Seconds, BullMQ's `drainDelay`: an idle queue is asked for this often even without a marker."""
 
 CUT_OFF_PATIENCE: Final = UNWIND_PATIENCE + 0.2
-"""Seconds at the deadline for handlers to clean up, and for what finishes then to be recorded."""
-
-RECORD_BROKEN: Final = 5.0
-"""Seconds that recording `pending` may take where an attempt broke; its job goes back anyway."""
+"""Seconds at the deadline for handlers to clean up, and for their last outcomes to be recorded."""
 
 MAX_CLAIMS_BROKEN: Final = 3
 """Claims of one job that broke their slots, after which the job counts as the cause."""
-
-RECORD_HANDED_BACK: Final = 0.3
-"""Seconds that recording `pending` may take at the deadline; the jobs are handed back anyway."""
-
-RERUN_DELAY: Final = 5.0
-"""Seconds until a job runs again whose outcome PostgreSQL refused; doubled with each claim."""
-
-RERUN_DELAY_MAX: Final = 60.0
 
 
 class TaskWorker:
@@ -65,7 +51,7 @@ class TaskWorker:
     Args:
         task: the task.
         queue: its queue; opened by the caller, and closed with the shared Redis client.
-        recorder: keeps the statuses.
+        recorder: records the statuses.
         concurrency: slots.
         record_unknown_jobs: whether a job without a row gets one (contract, section 4).
     """
@@ -98,13 +84,15 @@ class TaskWorker:
             self._threads,
             self._breakages,
         )
+        self._acknowledger = Acknowledger(queue, self._fetcher)
+        self._hand_back = HandBack(queue)
         self._limit = TimeLimit(task.options.timeout_ms)
         self._slots: list[asyncio.Task[None]] = []
         self._keepers: list[asyncio.Task[None]] = []
 
     @property
     def slots(self) -> Sequence[asyncio.Task[None]]:
-        """One task for each place; it waits for, or has, one job at a time."""
+        """One asyncio task for each slot, which waits for a job, or has one."""
         return self._slots
 
     @property
@@ -117,16 +105,22 @@ class TaskWorker:
         """Whether it fetches nothing more."""
         return self._fetcher.is_stopping
 
+    def running_jobs(self) -> Iterable[dict[str, Any]]:
+        """Describe what runs, for the log."""
+        # A job's token tells its slot: see `_slot`.
+        slots = {claim: self._slots[int(claim.token.split(":")[1])] for claim in self._running}
+        return running_jobs(self._queue.name, slots)
+
     # -- life ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the slots, the renewal of locks and the search for stalled jobs."""
+        """Start the slots, the renewal of locks and the check for stalled jobs."""
         name = self.task.queue_name
         create = asyncio.get_running_loop().create_task
-        keepers = Maintenance(self._queue, self._running, self.task.worker_options)
+        maintenance = Maintenance(self._queue, self._running, self.task.worker_options)
         self._keepers = [
-            create(keepers.keep_locks(), name=f"the lock renewal of {name}"),
-            create(keepers.watch_stalled(), name=f"the stalled check of {name}"),
+            create(maintenance.keep_locks(), name=f"the lock renewal of {name}"),
+            create(maintenance.watch_stalled(), name=f"the stalled check of {name}"),
         ]
         self._slots = [
             create(self._slot(index), name=f"slot {index} of {name}")
@@ -134,7 +128,7 @@ class TaskWorker:
         ]
 
     def deaths(self) -> list[asyncio.Task[None]]:
-        """The tasks that never end before `stop`."""
+        """Return the tasks that never end before `stop`."""
         return [*self._keepers, *self._slots]
 
     def stop(self) -> None:
@@ -161,9 +155,10 @@ class TaskWorker:
         cut_off = len(self._running)
         if not self._closed:
             self._closed = True
+            hand_back = partial(self._hand_back.everything, self._id, self._running)
             try:
                 async with asyncio.timeout_at(deadline):
-                    await self._queue.insist(self._hand_back_all)
+                    await self._queue.insist(hand_back)
             except (TimeoutError, RedisError) as error:
                 # Nothing is lost: another worker finds these jobs stalled, and runs them.
                 reason = str(error) or "Redis did not answer in time"
@@ -180,32 +175,9 @@ class TaskWorker:
         while left:
             for slot in left:
                 slot.cancel()
-            # A handler that finished all the same takes the first cancellation with it: its outcome
-            # may be recorded, but by no server that is away.
+            # A handler that returns all the same takes the first cancellation with it. Its outcome
+            # may be recorded, unless a server is away; then the next cancellation ends the slot.
             left = (await asyncio.wait(left, timeout=CUT_OFF_PATIENCE))[1]
-
-    async def _hand_back_all(self) -> None:
-        """Hand back what Redis says is ours: also what came with a reply that nobody awaited."""
-        held = dict(await self._queue.held(self._id))
-        patch = patches.handed_back_patch()
-        writes = [
-            history.follow(patch) for claim, history in self._running.items() if claim.id in held
-        ]
-        try:
-            async with asyncio.timeout(RECORD_HANDED_BACK):
-                await asyncio.gather(*writes)
-        except TimeoutError:
-            log.warning("handed_back_jobs_not_recorded", queue=self.task.queue_name)
-        await asyncio.gather(*(self._hand_back(*job) for job in held.items()))
-        await self._queue.marker.put_back()
-
-    async def _hand_back(self, job_id: str, token: str, until_ms: int = 0) -> None:
-        try:
-            await self._queue.hand_back(job_id, token, until_ms)
-            log.info("job_handed_back", queue=self.task.queue_name, task_id=job_id)
-        except (LockLostError, MalformedJobError, ChildrenLeftError) as error:
-            reason = str(error)
-            log.warning("job_lost", queue=self.task.queue_name, task_id=job_id, reason=reason)
 
     # -- slots -----------------------------------------------------------------------------------
 
@@ -215,13 +187,13 @@ class TaskWorker:
         while not self._fetcher.is_stopping:
             claim = await self._fetcher.next(owner)
             while claim is not None and not self._fetcher.is_stopping:
-                claim = await self._attempt(claim, owner)
+                claim = await self._attempt(claim)
         if claim is not None:
-            await self._queue.insist(partial(self._hand_back, claim.id, claim.token))
+            await self._hand_back.job(claim)
 
-    async def _attempt(self, claim: Claim, owner: str) -> Claim | None:
-        """Run one job to its acknowledgement; the job that the acknowledgement brought."""
-        # Not taken out when this is cancelled: `close` hands back what is left.
+    async def _attempt(self, claim: Claim) -> Claim | None:
+        """Run one job to its acknowledgement; return the job that the acknowledgement fetched."""
+        # The entry stays if this is cancelled: `close` hands back what is left.
         history = self._running[claim] = JobHistory(
             self._recorder,
             self._queue,
@@ -229,63 +201,63 @@ class TaskWorker:
             self._held_outcomes,
             record_unknown_jobs=self._record_unknown_jobs,
         )
-        run = Attempt(
+        attempt = Attempt(
             self.task,
             self._queue,
-            self._fetcher,
+            self._acknowledger,
             self._limit,
             self._threads,
             claim=claim,
             history=history,
-            owner=owner,
         )
         following = None
         try:
-            following = self._fetcher.take(await run.run())
+            following = self._fetcher.take(await attempt.run())
             if self._breakages.in_a_row:
                 self._breakages.end()
         except LockLostError as error:
-            self._note_loss(claim, error)
+            self._log_loss(claim, error)
         except OutcomeRefusedError as error:
-            await self._run_again_later(claim, history, str(error))
+            await self._hand_back.unrecorded(claim, history, str(error))
         except WorkerError:
             raise
         except Exception as error:
             log.exception("attempt_broken", queue=self._queue.name, task_id=claim.id)
             self._breakages.note(error)
-            await self._settle_broken(claim, run, history, error)
+            await self._settle_broken(claim, history, error)
             if self._breakages.too_many:
                 del self._running[claim]
                 raise TaskBrokenError(self._why_broken()) from None
         del self._running[claim]
         return following
 
-    def _note_loss(self, claim: Claim, error: LockLostError) -> None:
-        log.warning("job_lost", queue=self._queue.name, task_id=claim.id, reason=str(error))
+    async def _settle_broken(self, claim: Claim, history: JobHistory, error: Exception) -> None:
+        """Hand back a job whose attempt broke, or bury it if it is the cause.
 
-    async def _settle_broken(
-        self, claim: Claim, run: Attempt, history: JobHistory, error: Exception
-    ) -> None:
-        """Hand a job back whose attempt this worker could not carry to its end.
-
-        The machine has no thread or no memory, or this code is wrong. Only a job that breaks its
-        slot claim after claim, whoever claims it, is taken to be the cause itself; but no job
-        causes a lack of threads.
+        The machine has no thread or no memory, or this code is wrong. A job is taken to be the
+        cause only if it breaks its slot claim after claim, whoever claims it. A lack of threads is
+        never the job's fault.
         """
-        is_suspect = not isinstance(error, NoThreadError)
         try:
-            if is_suspect and await self._breakages_of(claim) >= MAX_CLAIMS_BROKEN:
+            if (
+                not isinstance(error, NoThreadError)
+                and await self._count_breakage(claim) >= MAX_CLAIMS_BROKEN
+            ):
                 self._breakages.end()
-                await run.bury(error)
-                return
-            async with asyncio.timeout(RECORD_BROKEN):
-                await history.follow(patches.handed_back_patch())
+                await self._acknowledger.bury(claim, history, error)
+            else:
+                await self._hand_back.broken(claim, history)
         except LockLostError as loss:
-            self._note_loss(claim, loss)
-            return
-        except TimeoutError:  # The job's next start makes its row right.
-            log.warning("handed_back_jobs_not_recorded", queue=self.task.queue_name)
-        await self._queue.insist(partial(self._hand_back, claim.id, claim.token))
+            self._log_loss(claim, loss)
+
+    async def _count_breakage(self, claim: Claim) -> int:
+        try:
+            return await self._queue.insist(lambda: self._queue.count_breakage(claim))
+        except RedisError:  # The job is no hash, so nothing can be counted in it.
+            return MAX_CLAIMS_BROKEN
+
+    def _log_loss(self, claim: Claim, error: LockLostError) -> None:
+        log.warning("job_lost", queue=self._queue.name, task_id=claim.id, reason=str(error))
 
     def _why_broken(self) -> str:
         error = self._breakages.last
@@ -293,23 +265,3 @@ class TaskWorker:
             f"the task {self.task.queue_name!r} broke {MAX_BREAKAGES} times in a row, without one "
             f"success: {type(error).__name__}: {error}"
         )
-
-    async def _breakages_of(self, claim: Claim) -> int:
-        try:
-            return await self._queue.insist(lambda: self._queue.count_breakage(claim))
-        except RedisError:  # It is no hash, so nothing can be counted in it.
-            return MAX_CLAIMS_BROKEN
-
-    async def _run_again_later(self, claim: Claim, history: JobHistory, reason: str) -> None:
-        """Hand a job back whose work was done and can't be told: it has to be done again."""
-        delay_s = min(RERUN_DELAY * 2 ** min(claim.attempts_started - 1, 10), RERUN_DELAY_MAX)
-        log.error(
-            "job_runs_again",
-            queue=self._queue.name,
-            task_id=claim.id,
-            delay_s=delay_s,
-            reason=reason,
-        )
-        until_ms = time.time_ns() // 1_000_000 + int(delay_s * 1000)
-        await history.run_again(until_ms)
-        await self._queue.insist(partial(self._hand_back, claim.id, claim.token, until_ms))

@@ -1,4 +1,4 @@
-"""Threads for handlers that are not async: started, waited for, and left behind."""
+"""Threads for handlers that are not async."""
 
 import asyncio
 import contextvars
@@ -14,7 +14,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 THREAD_NAME: Final = "handler of "
-"""What the names of these threads begin with; their tasks' queues follow."""
+"""The names of these threads begin with this; their tasks' queues follow."""
 
 
 class HandlerExitError(Exception):
@@ -27,7 +27,7 @@ class NoThreadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Stray:
-    """A thread that nobody waits for any more, and that still runs."""
+    """A thread that still runs after its attempt has ended."""
 
     thread: threading.Thread
     task_id: str
@@ -37,9 +37,9 @@ class _Stray:
 class HandlerThreads:
     """The threads of one task's handlers, one for each call.
 
-    A thread can't be interrupted: one that runs past its time limit is left behind and goes on.
-    When as many as `limit` do, the task takes no further job until one of them ends, so that
-    handlers which hang use up neither the machine's threads nor its memory.
+    A thread can't be interrupted, so a handler that runs past its time limit leaves its thread
+    behind. When `limit` threads are left behind, the task takes no further job until one of them
+    ends. So handlers that hang use up neither the machine's threads nor its memory.
 
     Args:
         queue_name: the task's queue.
@@ -63,9 +63,12 @@ class HandlerThreads:
             await self._room.wait()
 
     def run(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
-        """Call a handler in a thread of its own; what is returned becomes what it returns.
+        """Call a handler in a thread of its own; return a future of its result.
 
         The thread is a daemon, so that it does not hold up the process's exit.
+
+        Args:
+            call: calls the handler.
 
         Raises:
             NoThreadError: the machine gives no further thread; nothing was called.
@@ -82,7 +85,7 @@ class HandlerThreads:
                 error = raised
             try:
                 loop.call_soon_threadsafe(_deliver, future, value, error)
-            except RuntimeError:  # The loop is closed: the worker has gone on without this thread.
+            except RuntimeError:  # The event loop is closed: the worker has ended.
                 return
 
         name = THREAD_NAME + self._queue_name
@@ -96,7 +99,12 @@ class HandlerThreads:
         return future
 
     def leave_behind(self, future: asyncio.Future[Any], task_id: str) -> None:
-        """Wait no longer for a call that has not ended."""
+        """Count a thread as left behind: its attempt has ended, and the call has not.
+
+        Args:
+            future: what `run` returned.
+            task_id: the job's id, for the log.
+        """
         thread = self._threads.get(future)
         if thread is None:
             return
@@ -133,7 +141,7 @@ def _deliver(future: asyncio.Future[Any], value: Any, error: BaseException | Non
 
 
 def _description(stray: _Stray) -> dict[str, Any]:
-    """Return which job a stray belongs to, for how long it is left, and the line it is at."""
+    """Return a stray's job, the seconds since it was left behind, and the line that it runs."""
     # The only way to another thread's frame.
     frame = sys._current_frames().get(stray.thread.ident or 0)  # noqa: SLF001
     at = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

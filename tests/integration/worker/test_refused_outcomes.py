@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from autoflow_worker import TaskContext, TaskDefinition, TaskOptions, define_task
 from autoflow_worker.recording import patches, recorder
-from autoflow_worker.worker import history, task_worker
+from autoflow_worker.worker import hand_back, history
 from tests.support.agreement import bull_jobs, differences
 from tests.support.api import Api
 from tests.support.database import Connection, Database, new_task_id
@@ -98,8 +98,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots wait for less, so that a test sees what comes after that."""
     monkeypatch.setattr(recorder, "START_PATIENCE", 0.2)
     monkeypatch.setattr(history, "REFUSAL_PATIENCE", 0.5)
-    monkeypatch.setattr(task_worker, "RERUN_DELAY", 0.5)
-    monkeypatch.setattr(task_worker, "RERUN_DELAY_MAX", 1.0)
+    monkeypatch.setattr(hand_back, "RERUN_DELAY", 0.5)
+    monkeypatch.setattr(hand_back, "RERUN_DELAY_MAX", 1.0)
 
 
 def events(logs: Logs, event: str) -> Logs:
@@ -227,8 +227,8 @@ async def test_refused_rows_do_not_take_every_slot(
 async def test_a_refused_row_at_concurrency_1(
     run_worker: RunWorker, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_worker, "RERUN_DELAY", 600.0)
-    monkeypatch.setattr(task_worker, "RERUN_DELAY_MAX", 600.0)
+    monkeypatch.setattr(hand_back, "RERUN_DELAY", 600.0)
+    monkeypatch.setattr(hand_back, "RERUN_DELAY_MAX", 600.0)
     handler = Handler()
     handler.gate.clear()
     [bad] = await jobs.schedule(1, bad=True)

@@ -11,11 +11,10 @@ from autoflow_worker import TaskContext, TaskOptions, define_task
 from autoflow_worker.worker.handler import (
     HandlerCancelledError,
     Outcome,
-    TimeLimit,
-    TimeLimitError,
     execute,
 )
 from autoflow_worker.worker.threads import HandlerExitError, HandlerThreads
+from autoflow_worker.worker.time_limit import TimeLimit, TimeLimitError
 
 Payload = dict[str, Any]
 Handler = Callable[[Payload, TaskContext], object]

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 import uvloop
 
-from autoflow_worker.service import _persist
+from autoflow_worker.operations.oversight import persist
 from autoflow_worker.worker.handler_tasks import contain_tasks
 from autoflow_worker.worker.threads import HandlerExitError
 
@@ -79,7 +79,7 @@ def test_own_code_is_left_alone(runner: asyncio.Runner) -> None:
         return 1
 
     async def main() -> None:
-        task = asyncio.create_task(_persist(ask, 1.0))
+        task = asyncio.create_task(persist(ask, 1.0))
         assert asyncio.iscoroutine(task.get_coro())
         assert type(task.get_coro()).__name__ == "coroutine"
         assert await task == 1
