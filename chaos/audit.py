@@ -1,4 +1,4 @@
-"""The comparison at the end: effects, rows and BullMQ's jobs have to tell one story."""
+"""The comparison at the end: effects, rows and BullMQ's jobs have to agree."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Story:
-    """All that is known of one job."""
+    """One job: as planned, as run, as recorded, and as BullMQ has it."""
 
     planned: PlannedJob
     runs: list[Run]
@@ -33,11 +33,11 @@ class Story:
 
 @dataclass
 class Audit:
-    """What the comparison found.
+    """The findings of the comparison.
 
     Attributes:
-        faults: by job, what differs; under a key without an id, what is wrong with a whole queue.
-        reruns: how many runs were repeated, by cause.
+        faults: by job; those of a whole queue are under a key without an id.
+        reruns: repeated runs, counted by cause.
         stories: of the jobs with faults.
     """
 
@@ -89,7 +89,7 @@ def _note_strangers(
     rows: Mapping[str, object],
     known: Mapping[Key, object],
 ) -> None:
-    """Nothing may exist that nobody asked for."""
+    """Note jobs and rows that nobody planned."""
     keys, row_ids = {job.key for job in jobs}, {job.row_id for job in jobs}
     for key in (runs.keys() | known.keys()) - keys:
         result.note(key, ["nobody added this job"])
@@ -104,7 +104,7 @@ async def _read_rows(url: str) -> dict[str, Row]:
 
 
 def _differences(story: Story) -> Iterator[str]:
-    """What of a job's story is not as it has to be."""
+    """Yield the faults of one job."""
     planned, row, job = story.planned, story.row, story.job
     state = "completed" if planned.completes else "failed"
     if not story.runs:

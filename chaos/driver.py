@@ -1,4 +1,4 @@
-"""One run of chaos: jobs come in, workers and servers break, everything settles, and is checked."""
+"""One run of chaos: jobs arrive, workers and servers break, all jobs end, and are checked."""
 
 import asyncio
 import random
@@ -28,11 +28,11 @@ VERSIONS: Final[tuple[Literal[5, 6], ...]] = (5, 6)
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything.
+    """The sizes of a run.
 
     Attributes:
-        seconds: how long things break.
-        limit: seconds that the whole may take, with starting, settling and checking.
+        seconds: for which things break.
+        limit: seconds that the whole run may take, with the start, the end and the checks.
         restarts, suspensions, cuts: of each server.
         grace: seconds, the workers' WORKER_SHUTDOWN_GRACE.
     """
@@ -53,7 +53,7 @@ class Plan:
 
 @dataclass
 class Report:
-    """What became of a run; `audit` is None if it did not settle in time."""
+    """The result of a run; `audit` is None if its jobs did not end in time."""
 
     plan: Plan
     jobs: Sequence[PlannedJob] = ()
@@ -70,7 +70,7 @@ class Report:
 
 
 async def run(plan: Plan, folder: Path) -> Report:
-    """Run it, and end within `plan.limit` seconds.
+    """Carry out the plan, within `plan.limit` seconds.
 
     Args:
         folder: an empty one, for the workers' output and the effects.
@@ -125,7 +125,7 @@ async def _break_things(
 
 
 def _generator(plan: Plan, purpose: str) -> random.Random:
-    """One for each purpose: what happens at the same time must not change what is drawn."""
+    """Return a generator for one purpose, so that timing does not change what a seed draws."""
     return random.Random(f"{plan.seed} {purpose}")
 
 
@@ -133,7 +133,7 @@ Act = Callable[[], Awaitable[None]]
 
 
 def _schedule(plan: Plan, crew: Crew, servers: Servers) -> list[tuple[float, Act]]:
-    """Everything that breaks something, each at a random moment."""
+    """Return all acts that break something, each at a random moment."""
     rng = _generator(plan, "schedule")
     acts: list[Act] = [*[crew.kill] * plan.kills, *[crew.terminate] * plan.terminations]
     for number in range(plan.stops):
@@ -154,7 +154,7 @@ async def _later(delay: float, act: Act) -> None:
 
 
 async def _watch(crew: Crew, jobs: int) -> None:
-    """Say now and then how far it is; end everything if a worker can't be kept."""
+    """Print the progress now and then; raise if a worker can't be replaced."""
     began = time.monotonic()
     while True:
         for _ in range(100):
@@ -170,7 +170,7 @@ async def _watch(crew: Crew, jobs: int) -> None:
 
 
 async def _settle(crew: Crew, servers: Servers) -> float:
-    """Let everything that is left run, then stop the workers; seconds that the jobs took."""
+    """Let all jobs end, then stop the workers; return the seconds that the jobs took."""
     began = time.monotonic()
     async with Redis.from_url(servers.redis.url, decode_responses=True) as client:
         while await left_over(client, PREFIX, QUEUES):

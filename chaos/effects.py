@@ -1,4 +1,4 @@
-"""What the handlers did: one line for each start and each end, in one file for each process.
+"""A record of what the handlers did: a line for each start and each end, a file per process.
 
 A line is one `write` to a file opened with O_APPEND, so it is there, whole, whatever happens to
 the process afterwards.
@@ -78,7 +78,7 @@ class EffectLog:
 
 
 def read_runs(folder: Path) -> dict[Key, list[Run]]:
-    """Every run of every job so far, the earliest first."""
+    """Return every run of every job so far, the earliest first."""
     runs: dict[str, Run] = {}
     for path in folder.iterdir():
         for line in path.read_text().splitlines():

@@ -1,8 +1,8 @@
 """`python -m chaos.failpoints`: kill workers at each point of a job's life, and compare the stores.
 
-Each crash has a queue of its own with a few jobs of every kind. A worker dies there when it passes
-the point for the n-th time; then another one finishes what is left, for many queues at once, and
-every row has to tell what BullMQ tells.
+Each crash has a queue of its own with a few jobs of every kind. A worker of that queue dies when it
+passes the point for the n-th time. Then another worker finishes the jobs of many such queues, and
+every row has to agree with BullMQ.
 """
 
 import asyncio
@@ -33,14 +33,14 @@ from tests.support.node import Node, Scheduled
 from tests.support.until import until
 
 BATCH = 25
-"""Crashes whose queues one worker takes over."""
+"""Crashes whose queues one successor takes over."""
 BATCHES_AT_ONCE = 2
 AT_ONCE = 4
-"""Workers of one batch that run until they die, at one time."""
+"""Workers of one batch that run at the same time, until they die."""
 LATEST_PASS = 6
-"""A worker dies at its sixth pass at the latest: every run comes to that many."""
+"""A worker dies at its sixth pass at the latest: every queue has jobs for that many."""
 PATIENCE = 60.0
-"""Seconds that a batch has for anything; a machine may be slow."""
+"""Seconds that a batch has for each step, even on a slow machine."""
 
 KEEP_ALL = {"removeOnComplete": False, "removeOnFail": False}
 FATES = {  # kind: attempts allowed, attempts it takes, the status it ends with
@@ -56,12 +56,12 @@ JOBS = (*FATES, "plain", "plain", "plain")
 
 @dataclass
 class Crash:
-    """One worker's death, and what it left behind.
+    """One worker's death, and what became of its jobs.
 
     Attributes:
         number: of the pass at which it dies.
-        expected: what has to become of each job, by id: its status and its attempts.
-        faults: what is wrong after all.
+        expected: the status and the attempts that each job has to end with, by id.
+        faults: what is wrong in the end.
     """
 
     point: str
@@ -72,7 +72,7 @@ class Crash:
 
 
 class Field:
-    """Where workers die: two servers, a producer and a nursery."""
+    """Two servers, a producer and a nursery, with which workers are made to die."""
 
     def __init__(
         self, redis_url: str, database_url: str, prefix: str, node: Node, nursery: Nursery
@@ -84,7 +84,7 @@ class Field:
         self._nursery = nursery
 
     async def run(self, crashes: Sequence[Crash]) -> None:
-        """Let a worker die for each of these, recover them all, and note what is wrong."""
+        """Let a worker die for each crash, let a successor finish, and note the faults."""
         turns = asyncio.Semaphore(AT_ONCE)
 
         async def crash_one(crash: Crash) -> None:
@@ -177,7 +177,7 @@ class Field:
 
 
 def draw(rng: random.Random, points: Sequence[str], each: int) -> list[Crash]:
-    """So many crashes at each of these points, in a random order."""
+    """Draw crashes at each of these points, in a random order."""
     crashes = [
         Crash(point, rng.randint(1, LATEST_PASS), f"{point}-{number}")
         for point in points
@@ -197,7 +197,7 @@ async def run(rng: random.Random, points: Sequence[str], each: int, folder: Path
     ):
         stage = Field(servers.redis.url, servers.postgres.url, "chaos", node, nursery)
         batches = [crashes[start : start + BATCH] for start in range(0, len(crashes), BATCH)]
-        # While the locks of one batch's dead expire, others die.
+        # While the locks of one batch's dead workers expire, another batch runs.
         turns = asyncio.Semaphore(BATCHES_AT_ONCE)
 
         async def run_batch(batch: Sequence[Crash]) -> None:

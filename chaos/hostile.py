@@ -1,4 +1,4 @@
-"""`python -m chaos.hostile`: one job in a hundred is hostile, and the others are not even late.
+"""`python -m chaos.hostile`: one job in a hundred is hostile, and the others are not late.
 
 Several rounds of the same jobs, each once without and once with hostile ones among them. Every job
 has to end in both stores with equal content; how late the others' statuses are is printed side by
@@ -44,7 +44,7 @@ PATIENCE = 200.0
 
 Row = Mapping[str, Any]
 
-# What a producer, or a slip of somebody's hand, may leave in a job's hash.
+# What a producer, or a person by mistake, may leave in a job's hash.
 POISON: dict[str, dict[Any, Any]] = {
     "data cut off": {"data": '{"n": 1'},
     "data is an array": {"data": "[]"},
@@ -60,7 +60,7 @@ CASES = (*OUTPUTS, *FAILING, *POISON, ODD_ID)
 
 @dataclass
 class Round:
-    """What one run of the jobs came to.
+    """The results of one run of the jobs.
 
     Attributes:
         starts_ms, ends_ms: delays of the statuses of jobs that are not hostile.
@@ -103,7 +103,7 @@ async def run_round(
 
 
 def draw(count: int, kinds: Sequence[str]) -> tuple[list[Scheduled], dict[str, str]]:
-    """The jobs, and which of them are hostile in which way: none if there are no kinds."""
+    """Return the jobs, and the kind of each hostile one; without kinds none is hostile."""
     turns = cycle(kinds)
     jobs, cases = [], {}
     for n in range(count):
@@ -152,7 +152,7 @@ async def run_worker(
 def compare(
     result: Round, rows: Mapping[str, Row], jobs: Mapping[str, BullJob], cases: Mapping[str, str]
 ) -> None:
-    """Note what is wrong, and how late the statuses of the jobs are that are not hostile."""
+    """Note the faults, and how late the statuses of the other jobs are."""
     for fault in differences(rows, jobs):
         case = cases.get(fault.split(":")[0], "not hostile")
         result.faults.append(f"{case}, {fault}")

@@ -1,4 +1,4 @@
-"""A handler that returns, raises and does what none should.
+"""A handler that returns, raises and does what no handler should.
 
 `TASKS_CONFIG=chaos.hostile_tasks:tasks`.
 """

@@ -1,6 +1,6 @@
 """The task list of workers that die at a crash point: `TASKS_CONFIG=chaos.mortal:tasks`.
 
-Short locks, so that their successors need not wait long for what they held.
+Locks are short, so that a successor soon gets the jobs of a dead worker.
 """
 
 import os
@@ -19,7 +19,7 @@ Kind = Literal["plain", "flaky", "at once", "doomed", "final"]
 
 
 class Fate(BaseModel):
-    """What becomes of a job: it succeeds, or fails once, twice or for good."""
+    """How a job ends: it succeeds, or fails once, twice or for good."""
 
     kind: Kind
 

@@ -1,8 +1,8 @@
-"""Workers for a thousand short lives: forked from a process that has their libraries imported.
+"""Workers that live for a moment, forked from a process that has imported their libraries.
 
-Starting Python and importing everything takes a worker most of a second of CPU time, which is most
-of its life where it is killed a moment later. What is forked here has imported nothing of the
-worker itself: that happens in the child, with the environment it is to have.
+Starting Python and importing everything takes a worker most of a second of CPU time, which is too
+long for a worker that is killed a moment later. The forked child imports the worker's own modules,
+because these read the environment that the child gets.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class Worker:
 
 
 class Nursery:
-    """Forks workers; an async context manager. Whoever still runs at its end is killed.
+    """Forks workers. At the end of its block it kills those that still run.
 
     Args:
         folder: for the workers' output.
@@ -90,7 +90,7 @@ class Nursery:
         await self._reader
 
     async def start(self, env: Mapping[str, str]) -> Worker:
-        """Fork a worker with these environment variables on top of our own."""
+        """Fork a worker with these environment variables in addition to our own."""
         self._count += 1
         output = self._folder / f"worker-{self._count}"
         worker: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
@@ -113,7 +113,7 @@ class Nursery:
 
 
 def main() -> None:
-    """Fork a worker for each line of stdin; at its end, kill those that are left."""
+    """Fork a worker for each line of stdin; at its end, kill the workers that are left."""
     for name in LIBRARIES:
         importlib.import_module(name)
     gc.freeze()

@@ -35,12 +35,12 @@ PREFIX = "chaos"
 GROWTH_LIMIT_MB = 20.0
 RETURN_LIMIT_S = 10.0
 PATIENCE = 300.0
-"""Seconds for everything beside the outage; a machine may be slow."""
+"""Seconds for everything but the outage, even on a slow machine."""
 
 
 @dataclass
 class Measured:
-    """What was seen.
+    """The measurements.
 
     Attributes:
         before: jobs that had finished when PostgreSQL went away.

@@ -1,4 +1,4 @@
-"""What BullMQ holds, read straight from Redis."""
+"""The jobs and locks that BullMQ holds, read straight from Redis."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ UNFINISHED = ("active", "wait", "paused", "prioritized", "delayed", "waiting-chi
 
 @dataclass
 class BullJob:
-    """A job's hash, and in which of completed and failed it is."""
+    """A job's hash, and whether it is in completed, in failed, in both or in neither."""
 
     states: list[str]
     fields: dict[str, str]
@@ -35,7 +35,7 @@ class BullJob:
 
 
 async def left_over(client: Redis, prefix: str, queues: Iterable[str]) -> dict[str, list[str]]:
-    """The ids in each list and set where no job may stay, by the key's name."""
+    """Return the ids in each list and set where no job may stay, by the key's name."""
     left: dict[str, list[str]] = {}
     for queue in queues:
         for name in UNFINISHED:
@@ -46,12 +46,12 @@ async def left_over(client: Redis, prefix: str, queues: Iterable[str]) -> dict[s
 
 
 async def locks(client: Redis, prefix: str) -> list[str]:
-    """The keys of all locks."""
+    """Return the keys of all locks."""
     return [key async for key in client.scan_iter(f"{prefix}:*:lock", count=1000)]
 
 
 async def read_jobs(client: Redis, prefix: str, keys: Sequence[Key]) -> dict[Key, BullJob]:
-    """These jobs as BullMQ has them; those that it does not know have no fields."""
+    """Return these jobs as BullMQ has them; jobs that it does not know have no fields."""
     states: dict[Key, list[str]] = {key: [] for key in keys}
     for queue in {queue for queue, _ in keys}:
         for state in FINISHED:

@@ -1,7 +1,7 @@
 """`python -m chaos.recovery`: how long until the jobs of a killed worker run again.
 
-With BullMQ's default options: a lock lasts 30 s, and every 30 s each worker looks for jobs without
-one. Some killed workers have a neighbour that lives on, some get a successor at once.
+The workers have BullMQ's default options: a lock lasts 30 s, and each worker looks every 30 s for
+jobs without a lock. Some killed workers have a neighbour that lives on, some get a successor.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What a run came to, on the terminal."""
+"""The report of a run, on the terminal."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ SHOWN = 10
 
 
 def print_report(report: Report) -> None:
-    """Print the summary, and the histories of the jobs that are not as they have to be."""
+    """Print the summary, and the histories of the jobs with faults."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(_table(report))
     for fault in report.faults:

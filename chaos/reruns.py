@@ -1,4 +1,4 @@
-"""Why a job may run again: what was done to the run that is repeated."""
+"""The causes for which an attempt may run twice: what was done to its first worker."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -9,21 +9,21 @@ from chaos.tasks import LOCK_S
 from chaos.workers import Life, Span
 
 ACKNOWLEDGE_S = 3.0
-"""Seconds after a handler's end within which its job is acknowledged, if all servers are there."""
+"""Seconds from a handler's end to its acknowledgement, at most, if no server is away."""
 
 SAFE_SILENCE_S = LOCK_S / 2
-"""A worker that could not renew its locks for less than this has not lost one."""
+"""A worker that could not renew its locks for fewer seconds has not lost one."""
 
 
 class Causes:
-    """What happened to the processes and the servers, to be asked run by run."""
+    """Finds the cause of each repeated run in what happened to the processes and the servers."""
 
     def __init__(self, lives: Iterable[Life], outages: Sequence[Outage]) -> None:
         self._lives = {life.pid: life for life in lives}
         self._outages = outages
 
     def of_repeated(self, runs: Sequence[Run]) -> Iterator[tuple[Run, str | None]]:
-        """Each run whose attempt was run twice, and why; None if it should not have been."""
+        """Yield each run whose attempt ran again, and the cause; None if there was none."""
         for run, following in pairwise(sorted(runs, key=lambda run: (run.attempt, run.started_at))):
             if run.attempt == following.attempt:
                 yield run, self._cause(run) or self._cause_of_late(following)
@@ -41,7 +41,7 @@ class Causes:
         return None
 
     def _cause_of_late(self, run: Run) -> str | None:
-        """Why a run may have begun after another worker took its job over."""
+        """Return why a run may have begun after another worker took its job over."""
         for _, ended in self._silences(self._lives[run.pid]):
             if 0 <= run.started_at - ended < ACKNOWLEDGE_S:
                 return "its worker stood still before it began"
@@ -61,7 +61,7 @@ class Causes:
         return run.started_at - 1, (run.ended_at or float("inf")) + ACKNOWLEDGE_S
 
     def _silences(self, life: Life) -> list[Span]:
-        """When this worker could not renew a lock, for long enough to lose it."""
+        """Return the spans in which this worker could not renew a lock in time to keep it."""
         spans = [(o.began_at, o.ended_at) for o in self._outages if o.server == REDIS]
         merged: list[Span] = []
         for began, ended in sorted(spans + life.stops):

@@ -1,4 +1,4 @@
-"""Redis and PostgreSQL of the program's own, and the ways to break them."""
+"""A Redis and a PostgreSQL server of our own, and the ways to break them."""
 
 import asyncio
 import random
@@ -30,7 +30,7 @@ class Outage:
 
 
 class Servers:
-    """Both servers. What breaks one of them waits until it is whole."""
+    """Both servers. A server breaks in one way at a time."""
 
     def __init__(self, redis: OwnServer, postgres: OwnServer, rng: random.Random) -> None:
         self.redis = redis
@@ -40,7 +40,7 @@ class Servers:
         self._whole = {REDIS: asyncio.Lock(), POSTGRES: asyncio.Lock()}
 
     async def restart(self, name: str) -> None:
-        """Stop the server, well or by SIGKILL, and start it again after a while."""
+        """Stop the server, in good order or by SIGKILL, and start it again after a while."""
         server = self._server(name)
         kills = self._rng.random() < 0.5
         seconds = self._rng.choice([0.0, 0.0, self._rng.uniform(0.2, 3)])

@@ -43,7 +43,7 @@ START_S = 1.5
 
 @dataclass
 class Tally:
-    """What has been seen so far; `faults` has to stay empty."""
+    """The counts so far; `faults` has to stay empty."""
 
     signals: Counter[str] = field(default_factory=Counter)
     exit_codes: Counter[int] = field(default_factory=Counter)

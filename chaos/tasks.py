@@ -1,6 +1,6 @@
 """The task list of the workers that get broken: `TASKS_CONFIG=chaos.tasks:tasks`.
 
-Every handler does the same, and the payload says what: work for a while, fail so many times.
+All tasks have one handler. The payload says how long it works, and how often it fails.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from autoflow_worker.tasks.worker_options import WorkerOptions
 from chaos.effects import FOLDER_VARIABLE, EffectLog
 
 DEFAULTS_VARIABLE = "CHAOS_DEFAULTS"
-"""Set: the tasks have BullMQ's own worker options."""
+"""If it is set, the tasks have BullMQ's default worker options."""
 
 LOCK_S = 4.0
 """Seconds after which a killed worker's locks expire; BullMQ's default is 30."""
@@ -39,7 +39,7 @@ class Work(BaseModel):
     """What a job does.
 
     Attributes:
-        n: the job's number, to be told apart by.
+        n: the job's number, which tells jobs apart.
         run_ms: how long it works.
         failures: the attempts, from the first, that fail.
         final: such a failure allows no further attempt.

@@ -58,7 +58,7 @@ class Life:
 
 
 class Crew:
-    """Some worker processes; whoever ends is replaced.
+    """Some worker processes; one that ends is replaced.
 
     Args:
         seats: how many run at once.
@@ -131,7 +131,7 @@ class Crew:
         life.process.close()
 
     async def pick(self) -> Life:
-        """A worker that works, and with which nothing else happens; it is marked as in use."""
+        """Return a worker that works and is not in use, and mark it as in use."""
         while True:
             able = [x for x in self.lives if x.ready and not x.in_use and x.process.running]
             if able:
@@ -184,7 +184,7 @@ class Crew:
         await asyncio.gather(*self._keepers)
 
     def destroy(self) -> None:
-        """Kill what is left."""
+        """Kill the workers that are left."""
         for keeper in self._keepers:
             keeper.cancel()
         for life in self.lives:

@@ -1,4 +1,4 @@
-"""The jobs, drawn by a seed, and their producer, which does what the API does.
+"""The jobs, drawn by a seed, and their producer, which adds them as the API does.
 
 The row comes first, then the job, then the row's `externalId`; Node adds the jobs. Some come
 without a row, and some with BullMQ's own numbers for ids.
@@ -29,7 +29,7 @@ PRIORITIES: Final[tuple[Priority, ...]] = ("critical", "high", "normal", "low")
 
 @dataclass
 class PlannedJob:
-    """A job, and what has to become of it.
+    """A job, and how it has to end.
 
     Attributes:
         numbered: its id is BullMQ's, and known when it is added.
@@ -56,7 +56,7 @@ class PlannedJob:
 
 
 def draw_jobs(rng: random.Random, count: int) -> list[PlannedJob]:
-    """Draw jobs of every kind, in the order in which they are added."""
+    """Draw jobs of every kind; return them in the order in which they are added."""
     queues = rng.choices(list(SHARES), list(SHARES.values()), k=count)
     jobs = [_draw_job(rng, n, queue) for n, queue in enumerate(queues)]
     return sorted(jobs, key=lambda job: not job.numbered)
