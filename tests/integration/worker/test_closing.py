@@ -6,117 +6,28 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from redis.asyncio import Redis
 
-from autoflow_worker import TaskContext, TaskDefinition, TaskOptions, define_task
+from autoflow_worker import TaskContext
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.service import EXIT_CLEAN, EXIT_HANDED_BACK, WorkerService
 from autoflow_worker.settings import Settings
 from autoflow_worker.worker.history import JobHistory
 from autoflow_worker.worker.task_worker import DRAIN_DELAY, TaskWorker
 from tests.support.api import Api
+from tests.support.closing import (
+    GRACE,
+    QUEUE,
+    Handler,
+    LastMinute,
+    Queue,
+    Stubborn,
+    a_task,
+    bounded_stop,
+    until_idle,
+)
 from tests.support.database import Database
-from tests.support.node import Node
-from tests.support.running import Running, RunWorker, running
-from tests.support.servers import OwnServer
+from tests.support.running import RunWorker
 from tests.support.until import until
-
-QUEUE = "closing"
-GRACE = 0.5
-LIMIT = GRACE + 2
-# What a busy machine may add to the limit.
-SLACK = 10
-
-
-class Handler:
-    """Counts its runs, and works until it is released, or not at all."""
-
-    def __init__(self, *, released: bool = False) -> None:
-        self.runs: list[tuple[str, int]] = []
-        self.cancelled = 0
-        self.released = asyncio.Event()
-        if released:
-            self.released.set()
-
-    async def __call__(self, payload: dict[str, object], ctx: TaskContext) -> str:
-        self.runs.append((ctx.task_id, ctx.attempt))
-        await self.work()
-        return "done"
-
-    async def work(self) -> None:
-        await self.released.wait()
-
-
-class Stubborn(Handler):
-    """Swallows every cancellation."""
-
-    async def work(self) -> None:
-        while not self.released.is_set():
-            try:
-                await self.released.wait()
-            except asyncio.CancelledError:
-                self.cancelled += 1
-
-
-class LastMinute(Handler):
-    """Is done in the moment of its cancellation."""
-
-    async def work(self) -> None:
-        try:
-            await self.released.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-
-
-def a_task(handler: Any, concurrency: int = 2) -> TaskDefinition[Any]:
-    return define_task(
-        QUEUE,
-        handler,
-        TaskOptions(concurrency=concurrency),
-        # Short, for the cases in which a job can only be found by the stalled check.
-        worker_options={"lockDuration": 2000, "stalledInterval": 500, "maxStalledCount": 5},
-    )
-
-
-async def bounded_stop(worker: Running) -> int:
-    """Stop it; it may not take longer than is promised."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    code = await worker.stop()
-    assert loop.time() - began < LIMIT + SLACK
-    return code
-
-
-class Queue:
-    """What Redis holds of the queue."""
-
-    def __init__(self, redis: Redis, prefix: str) -> None:
-        self.redis = redis
-        self.base = f"{prefix}:{QUEUE}:"
-
-    async def assert_nothing_is_stranded(self) -> None:
-        assert await self.redis.lrange(self.base + "active", 0, -1) == []
-        assert await self.redis.smembers(self.base + "stalled") == set()
-        assert [key async for key in self.redis.scan_iter(self.base + "*:lock")] == []
-
-    async def assert_nothing_is_used_up(self, job_id: str, attempts: int | None = None) -> None:
-        """Neither attempts nor stalls were counted, but for the attempts that are given."""
-        stalls, made = await self.redis.hmget(self.base + job_id, "stc", "atm")
-        assert (stalls, made) == (None, None if attempts is None else str(attempts))
-
-    async def until_active(self, count: int = 1) -> None:
-        async def active() -> bool:
-            return int(await self.redis.llen(self.base + "active")) == count
-
-        await until(active)
-
-
-@pytest.fixture
-def queue(redis: Redis, prefix: str) -> Queue:
-    return Queue(redis, prefix)
-
-
-# -- the instant of the stop ---------------------------------------------------------------------
 
 Patch = Callable[..., Awaitable[Any]]
 
@@ -204,7 +115,7 @@ async def test_a_stop_while_blocked_strands_no_job_that_comes_just_then(
     ids = []
     for turn in range(8):
         async with run_worker([a_task(handler)]) as worker:
-            await _until_idle(worker)
+            await until_idle(worker)
             adding = asyncio.create_task(api.schedule(QUEUE))
             for _ in range(turn * 3):
                 await asyncio.sleep(0)
@@ -218,14 +129,6 @@ async def test_a_stop_while_blocked_strands_no_job_that_comes_just_then(
     assert sorted(handler.runs) == sorted((job_id, 1) for job_id in ids)
 
 
-async def _until_idle(worker: Running) -> None:
-    [task_worker] = worker.service.workers
-    await until(lambda: task_worker.is_idle)
-
-
-# -- handing back --------------------------------------------------------------------------------
-
-
 async def test_handed_back_jobs_start_at_once_elsewhere_and_use_nothing_up(
     api: Api, queue: Queue, run_worker: RunWorker
 ) -> None:
@@ -234,7 +137,7 @@ async def test_handed_back_jobs_start_at_once_elsewhere_and_use_nothing_up(
         ids = [await api.schedule(QUEUE, priority="critical") for _ in range(2)]
         await until(lambda: len(first.runs) == 2)
         async with run_worker([a_task(second)]) as other:
-            await _until_idle(other)
+            await until_idle(other)
             assert await bounded_stop(worker) == EXIT_HANDED_BACK
             # A lost marker would be noticed after `drainDelay` only.
             await until(lambda: len(second.runs) == 2, DRAIN_DELAY / 2)
@@ -271,9 +174,6 @@ async def test_a_second_signal_hands_back_long_before_the_deadline(
         assert await bounded_stop(worker) == EXIT_HANDED_BACK
     await queue.assert_nothing_is_stranded()
     await queue.assert_nothing_is_used_up(job_id)
-
-
-# -- handlers that don't let go ------------------------------------------------------------------
 
 
 async def test_a_handler_that_swallows_cancellation_is_left_behind(
@@ -322,149 +222,3 @@ async def test_a_sync_handler_is_left_behind(api: Api, queue: Queue, run_worker:
     async with run_worker([a_task(handler)]):
         await api.until_both_say(QUEUE, job_id, "completed")
     assert runs == [1, 1]
-
-
-# -- servers that are away -----------------------------------------------------------------------
-
-
-async def go_away(server: OwnServer, how: str) -> None:
-    if how == "hangs":
-        server.suspend()
-    else:
-        await server.kill()
-
-
-async def come_back(server: OwnServer, how: str) -> None:
-    if how == "hangs":
-        server.resume()
-    else:
-        await server.start()
-
-
-away = pytest.mark.parametrize("how", ["hangs", "is gone"])
-
-
-@away
-@pytest.mark.parametrize("handler_type", [Handler, Stubborn, LastMinute])
-async def test_redis_away_does_not_hold_the_exit(
-    *,
-    own_redis: OwnServer,
-    database_url: str,
-    db: Database,
-    prefix: str,
-    handler_type: type[Handler],
-    how: str,
-) -> None:
-    handler, other = handler_type(), Handler(released=True)
-    urls = {"redis_url": own_redis.url, "database_url": database_url, "prefix": prefix}
-    async with Node(5, own_redis.url, prefix, quiet=True) as node:
-        async with running([a_task(handler)], **urls, worker_shutdown_grace=GRACE) as worker:
-            job_id = await node.schedule(QUEUE, task_id="not-of-the-api")
-            await until(lambda: handler.runs)
-            await go_away(own_redis, how)
-            assert await bounded_stop(worker) == EXIT_HANDED_BACK
-        await come_back(own_redis, how)
-        # It could not be handed back: another worker finds it stalled.
-        async with running([a_task(other)], **urls):
-            await until(lambda: other.runs)
-            await db.until_status(job_id, "completed")
-        assert await node.get_state(QUEUE, job_id) == "completed"
-    handler.released.set()
-
-
-@away
-async def test_redis_away_does_not_hold_the_exit_of_an_idle_worker(
-    own_redis: OwnServer, database_url: str, prefix: str, how: str
-) -> None:
-    urls = {"redis_url": own_redis.url, "database_url": database_url, "prefix": prefix}
-    tasks = [a_task(Handler())]
-    async with running(tasks, **urls, worker_shutdown_grace=GRACE) as worker:
-        await _until_idle(worker)
-        await go_away(own_redis, how)
-        assert await bounded_stop(worker) == EXIT_CLEAN
-
-
-@away
-@pytest.mark.parametrize("handler_type", [Handler, Stubborn, LastMinute])
-async def test_postgresql_away_does_not_hold_the_exit(
-    *,
-    own_postgres: OwnServer,
-    redis_url: str,
-    node5: Node,
-    queue: Queue,
-    prefix: str,
-    handler_type: type[Handler],
-    how: str,
-) -> None:
-    handler, other = handler_type(), Handler(released=True)
-    urls = {"redis_url": redis_url, "database_url": own_postgres.url, "prefix": prefix}
-    async with running([a_task(handler)], **urls, worker_shutdown_grace=GRACE) as worker:
-        job_id = await node5.schedule(QUEUE, task_id="not-of-the-api")
-        await until(lambda: handler.runs)
-        await go_away(own_postgres, how)
-        assert await bounded_stop(worker) == EXIT_HANDED_BACK
-    await queue.assert_nothing_is_stranded()
-    await queue.assert_nothing_is_used_up(job_id)
-    await come_back(own_postgres, how)
-    async with running([a_task(other)], **urls):
-
-        async def completed() -> bool:
-            return await node5.get_state(QUEUE, job_id) == "completed"
-
-        await until(completed)
-    assert other.runs == [(job_id, 1)]
-    handler.released.set()
-
-
-@away
-async def test_postgresql_away_while_outcomes_wait_for_it_does_not_hold_the_exit(
-    *,
-    own_postgres: OwnServer,
-    redis_url: str,
-    node5: Node,
-    queue: Queue,
-    prefix: str,
-    how: str,
-) -> None:
-    handler = Handler()
-    urls = {"redis_url": redis_url, "database_url": own_postgres.url, "prefix": prefix}
-    async with running([a_task(handler, 5)], **urls, worker_shutdown_grace=GRACE) as worker:
-        ids = [await node5.schedule(QUEUE, task_id=f"not-of-the-api-{n}") for n in range(5)]
-        await until(lambda: len(handler.runs) == 5)
-        await go_away(own_postgres, how)
-        handler.released.set()
-        recorder = worker.service.recorder
-        assert recorder is not None
-        await until(recorder._outstanding if how == "hangs" else lambda: recorder._outage_since)
-        assert await bounded_stop(worker) == EXIT_HANDED_BACK
-    await queue.assert_nothing_is_stranded()
-    await come_back(own_postgres, how)
-    async with running([a_task(handler)], **urls):
-
-        async def completed() -> bool:
-            return (await node5.get_counts(QUEUE))["completed"] == 5
-
-        await until(completed)
-    for job_id in ids:
-        await queue.assert_nothing_is_used_up(job_id, attempts=1)
-
-
-@pytest.mark.parametrize("server", ["own_redis", "own_postgres"])
-async def test_a_stop_during_the_start_is_heard_though_a_server_is_away(
-    request: pytest.FixtureRequest,
-    own_redis: OwnServer,
-    own_postgres: OwnServer,
-    server: str,
-) -> None:
-    hanging = {"own_redis": own_redis, "own_postgres": own_postgres}[server]
-    hanging.suspend()
-    settings = Settings(redis_url=own_redis.url, database_url=own_postgres.url)
-    stop = asyncio.Event()
-    running_service = asyncio.create_task(
-        WorkerService(settings, [a_task(Handler())]).run(stop, asyncio.Event())
-    )
-    await asyncio.wait({running_service}, timeout=0.3)
-    stop.set()
-    async with asyncio.timeout(2 + SLACK):
-        assert await running_service == EXIT_CLEAN
-    hanging.resume()
