@@ -78,8 +78,8 @@ class Source(Protocol):
         """PostgreSQL does not take a write."""
         ...
 
-    def wake_lanes(self) -> None:
-        """Set the lanes to work, if there is some."""
+    def note_rest(self, *, has_written: bool) -> None:
+        """A further lane has nothing more to write."""
         ...
 
     def note_outage(self, error: Exception) -> None:
@@ -182,12 +182,12 @@ class Lane:
         while True:
             await self._work.wait()
             self._work.clear()
+            has_written = False
             if self._index == 0 or await self._can_help():
-                await self._work_off()
+                has_written = await self._work_off()
             self.idle.set()
             if self._index > 0:
-                # What had to wait for a row in this lane's batch, the first lane can take now.
-                self._source.wake_lanes()
+                self._source.note_rest(has_written=has_written)
 
     async def _can_help(self) -> bool:
         """Connect before taking anything: it would wait here while another lane could write it."""
@@ -198,13 +198,17 @@ class Lane:
             return False
         return True
 
-    async def _work_off(self) -> None:
+    async def _work_off(self) -> bool:
+        """Write batches until there is none; whether there was one."""
+        has_written = False
         while batch := self._source.take(self._at_least):
             self.batch = batch
             self.began_at = asyncio.get_running_loop().time()
             await self._commit()
             self.batch = []
             self._at_least = 1 if self._index == 0 else LARGE_BATCH
+            has_written = True
+        return has_written
 
     async def _commit(self) -> None:
         """Write the batch, however often it takes."""

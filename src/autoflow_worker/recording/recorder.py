@@ -186,7 +186,23 @@ class StatusRecorder:
                 return
             if len(self._waiting) < LARGE_BATCH:
                 break
-        if self._helping is None and not self._closed:
+        self._help_soon()
+
+    def note_rest(self, *, has_written: bool) -> None:
+        """A further lane has nothing more to write.
+
+        Args:
+            has_written: whether it wrote a batch. Then writes that waited for that batch's rows can
+                be taken. If not, it must not be set to work at once: all rows are in other batches,
+                and it would find nothing again, without an end.
+        """
+        if has_written:
+            self.wake_lanes()
+        else:
+            self._help_soon()
+
+    def _help_soon(self) -> None:
+        if self._helping is None and not self._closed and (self._waiting or self._due):
             self._helping = asyncio.get_running_loop().call_later(SLOW_BATCH, self._help)
 
     def _help(self) -> None:

@@ -1,9 +1,11 @@
 """When the recorder uses more than one connection."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from autoflow_worker.recording import patches
+from autoflow_worker.recording.lane import LARGE_BATCH
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.recording.write import Verdict, Write
 from tests.support.database import Connection, Database, other_database
@@ -93,6 +95,23 @@ async def test_a_lane_that_can_not_connect_takes_nothing(db: Database) -> None:
             assert await quick.settled is Verdict.WRITTEN
         finally:
             await allow_connections(db, allowed=True)
+
+
+async def test_a_lane_that_finds_only_rows_of_another_batch_waits(db: Database) -> None:
+    """It used to be woken again and again without a pause, which blocked the event loop."""
+    tasks = [f"task-{number}" for number in range(2 * LARGE_BATCH)]
+    await db.insert_tasks(QUEUE, {task: {} for task in tasks})
+    async with recording(db.url, 3) as recorder:
+        async with slow_row(db):
+            # All of these are one batch, and then all that waits is of the same rows.
+            first = [recorder.submit(active(task)) for task in ("slow", *tasks)]
+            await until(lambda: recorder._lanes[0].batch)
+            again = [recorder.submit(active(task)) for task in tasks]
+            # A further lane has looked through these as soon as it has written another row.
+            assert await recorder.submit(active("quick")).settled is Verdict.WRITTEN
+            assert not any(write.settled.done() for write in (*first, *again))
+        written = await asyncio.gather(*(write.settled for write in (*first, *again)))
+    assert set(written) == {Verdict.WRITTEN}
 
 
 async def allow_connections(db: Database, *, allowed: bool) -> None:
