@@ -126,13 +126,11 @@ class PostgresLink:
         self._silence.end(self)
         try:
             self._libpq.consume_input()
-            while not self._libpq.is_busy():
-                result = self._libpq.get_result()
-                if result is None:
-                    break
-                self._result = result
-            else:
-                return
+            if not self._is_complete():
+                # uvloop reports a connection that was reset only once, so look for its end as well.
+                self._libpq.consume_input()
+                if not self._is_complete():
+                    return
         except Exception as error:
             self._lose(error)
             return
@@ -144,6 +142,15 @@ class PostgresLink:
             reply.set_result(result)
         else:
             reply.set_exception(error_from_result(result))
+
+    def _is_complete(self) -> bool:
+        """Take the results that have come; whether the reply is complete with them."""
+        while not self._libpq.is_busy():
+            result = self._libpq.get_result()
+            if result is None:
+                return True
+            self._result = result
+        return False
 
     def _lose(self, error: Exception) -> None:
         """The connection is lost; or this code is wrong, and its caller has to hear that too."""
