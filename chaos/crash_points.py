@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple
 
 from autoflow_worker.broker.job_queue import JobQueue
-from autoflow_worker.recording.lane import Lane
+from autoflow_worker.recording.batch import BatchWriter
 from autoflow_worker.worker import attempt
 from autoflow_worker.worker.attempt import Attempt
 from autoflow_worker.worker.history import JobHistory
@@ -44,9 +44,9 @@ CRASH_POINTS: Final = {
     "handler-start": CrashPoint("before", attempt, ("execute",)),
     "handler-end": CrashPoint("after", attempt, ("execute",)),
     # PostgreSQL has a batch of patches; nobody will learn of its commit.
-    "batch-sent": CrashPoint("before", Lane, ("_update",)),
+    "batch-sent": CrashPoint("before", BatchWriter, ("_update",)),
     # A batch is committed, and none of its callers knows.
-    "in-batch": CrashPoint("after", Lane, ("_update",)),
+    "in-batch": CrashPoint("after", BatchWriter, ("_update",)),
     # An outcome is committed, and BullMQ is not told.
     "after-commit": CrashPoint("after", JobHistory, ("finish",)),
     "before-ack": CrashPoint("before", JobQueue, ACKNOWLEDGEMENTS),

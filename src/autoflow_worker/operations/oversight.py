@@ -17,7 +17,8 @@ from autoflow_worker.errors import (
     RedisUnfitError,
 )
 from autoflow_worker.outage import Refusals
-from autoflow_worker.recording.table import CONNECT_TIMEOUT, inspect_tasks_table
+from autoflow_worker.recording.pool import CONNECT_TIMEOUT
+from autoflow_worker.recording.table import inspect_tasks_table
 from autoflow_worker.settings import Settings
 
 START_PAUSE: Final = 0.1

@@ -35,7 +35,8 @@ from autoflow_worker.operations.reconcile_plan import (
 from autoflow_worker.operations.reconcile_report import Difference, Settling
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.open_rows import OpenRows, Row, RowChangedError
-from autoflow_worker.recording.table import CONNECT_TIMEOUT, connection_to, inspect_tasks_table
+from autoflow_worker.recording.pool import CONNECT_TIMEOUT
+from autoflow_worker.recording.table import connection_to, inspect_tasks_table
 
 PAGE: Final = 500
 """Rows that one query reads."""
@@ -78,8 +79,7 @@ async def reconcile(
     if fix:
         await inspect_tasks_table(database_url)
     try:
-        async with connection_to(database_url, CONNECT_TIMEOUT) as connection:
-            await connection.set_autocommit(True)
+        async with connection_to(database_url, CONNECT_TIMEOUT, autocommit=True) as connection:
             reconciler = _Reconciler(redis, OpenRows(connection), prefix, fix=fix, lost=lost)
             last: str | None = ""
             while last is not None:

@@ -6,10 +6,7 @@ all options of libpq, libpq itself and the exceptions stay psycopg's own.
 """
 
 import asyncio
-import os
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any, Final
 
 import psycopg
@@ -170,16 +167,6 @@ class PostgresLink:
             if self._watchdog is not None:
                 self._watchdog.cancel()
             self._silence.forget(self)
-
-    def abort(self) -> None:
-        """Break the connection, so that what runs fails at once.
-
-        psycopg would ask a server that may be away, for seconds, to cancel the statement.
-        """
-        if self._lost is None:
-            duplicate = socket.socket(fileno=os.dup(self._socket))
-            with duplicate, suppress(OSError):
-                duplicate.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
         """Close the connection. May be called twice."""

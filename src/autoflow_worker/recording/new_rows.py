@@ -5,17 +5,21 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from autoflow_worker.encoding.masking import mask_secrets
 from autoflow_worker.errors import DatabaseUnavailableError, DatabaseUnfitError
+from autoflow_worker.pauses import Pauses
 from autoflow_worker.recording import patches
+from autoflow_worker.recording.faults import reason_of
+from autoflow_worker.recording.pool import Pool
 
 PATIENCE: Final = 5.0
 """Seconds for which a server that went away is tried again, in each step of scheduling."""
 
 RETRY_PAUSE: Final = 0.05
 """Seconds before the second try; doubled from there."""
+
+RETRY_PAUSE_MAX: Final = 2.0
+"""Seconds between two tries, at most."""
 
 # Each of these may be run twice: a statement whose reply got lost is simply sent again.
 _INSERT: Final = """
@@ -40,28 +44,19 @@ class NewRows:
     """
 
     def __init__(self, url: str) -> None:
-        options = {"application_name": "autoflow-worker", "tcp_user_timeout": 30_000}
-        self._options: dict[str, Any] = {**options, **conninfo_to_dict(url)}
-        self._connection: psycopg.AsyncConnection[Any] | None = None
-        self._turn = asyncio.Lock()
+        self._pool = Pool(url, 1)
 
     async def open(self, timeout: float) -> None:
-        """Connect for the first time, once: a wrong URL is told at once.
+        """Connect for the first time.
 
         Args:
-            timeout: seconds.
+            timeout: seconds to keep trying; a refusal is told at once.
         """
-        try:
-            await self._connect(timeout)
-        except psycopg.Error as error:
-            reason = f"PostgreSQL can't be reached: {_text(error)}"
-            raise DatabaseUnavailableError(reason) from None
+        await self._pool.open(timeout)
 
     async def close(self) -> None:
         """Disconnect. May be called twice."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.close()
+        await self._pool.close()
 
     async def insert(self, row_id: str, data: Mapping[str, Any]) -> None:
         """Insert a row."""
@@ -76,34 +71,23 @@ class NewRows:
         await self._execute(_MERGE_UNLESS_STARTED, patches.encode(dict(patch)), row_id)
 
     async def _execute(self, statement: str, *args: object) -> None:
-        loop = asyncio.get_running_loop()
-        async with self._turn:
-            deadline = loop.time() + PATIENCE
-            pause = RETRY_PAUSE
-            while True:
-                try:
-                    connection = self._connection or await self._connect(PATIENCE)
+        time = asyncio.get_running_loop().time
+        pauses = Pauses(RETRY_PAUSE, RETRY_PAUSE_MAX)
+        away_since: float | None = None
+        while True:
+            try:
+                async with self._pool.connection() as connection:
                     await connection.execute(statement.encode(), args)
-                except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                    await self.close()
-                    if loop.time() + pause > deadline:
-                        reason = f"PostgreSQL went away: {_text(error)}"
-                        raise DatabaseUnavailableError(reason) from None
-                    await asyncio.sleep(pause)
-                    pause *= 2
-                except psycopg.Error as error:
-                    reason = f"PostgreSQL refuses the row: {_text(error)}"
-                    raise DatabaseUnfitError(reason) from None
-                else:
-                    return
-
-    async def _connect(self, timeout: float) -> psycopg.AsyncConnection[Any]:
-        options = {"connect_timeout": max(2, round(timeout)), **self._options}
-        self._connection = await psycopg.AsyncConnection.connect(
-            make_conninfo("", **options), autocommit=True
-        )
-        return self._connection
-
-
-def _text(error: psycopg.Error) -> str:
-    return mask_secrets(" ".join(str(error).split())) or type(error).__name__
+            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                # Waiting for a turn is no outage, so the time counts from the first failure.
+                away_since = away_since or time()
+                pause = pauses.take()
+                if time() + pause > away_since + PATIENCE:
+                    reason = f"PostgreSQL went away: {reason_of(error)}"
+                    raise DatabaseUnavailableError(reason) from None
+                await asyncio.sleep(pause)
+            except psycopg.Error as error:
+                reason = f"PostgreSQL refuses the row: {reason_of(error)}"
+                raise DatabaseUnfitError(reason) from None
+            else:
+                return

@@ -8,6 +8,7 @@ import psycopg
 
 from autoflow_worker.encoding.failures import shorten_reason
 from autoflow_worker.recording import patches
+from autoflow_worker.recording.pool import Connection
 
 OPEN: Final = ("pending", "active", "delayed")
 """The statuses of rows that are not finished."""
@@ -73,7 +74,7 @@ class OpenRows:
         connection: in autocommit mode; the caller closes it.
     """
 
-    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def after(self, row_id: str, limit: int) -> list[Row]:

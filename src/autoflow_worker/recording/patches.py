@@ -8,12 +8,12 @@ Dates are ISO 8601 in UTC with milliseconds; times that come in are milliseconds
 
 import math
 import re
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, cast
 
+from autoflow_worker.clock import now_ms
 from autoflow_worker.encoding.cleaner import clean_text
 from autoflow_worker.encoding.failures import reason_of, shorten_reason, stack_trace_of
 from autoflow_worker.encoding.results import dump, fragment, storable
@@ -147,7 +147,7 @@ def unknown_job_row(queue: str, *, data: object, options: object, timestamp: obj
     one, and what is no time is now.
     """
     options = options if isinstance(options, Mapping) else {}
-    added = cast(float, timestamp) if _is_finite(timestamp) else time.time() * 1000
+    added = cast(float, timestamp) if _is_finite(timestamp) else now_ms()
     name = storable(queue)
     return {
         "schemaVersion": 1,

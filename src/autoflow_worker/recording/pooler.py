@@ -9,9 +9,11 @@ import asyncio
 import os
 import socket
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import psycopg
+
+from autoflow_worker.recording.pool import Connection, connect
 
 ROUNDS: Final = 5
 """How often two connections are compared; the first time tells, unless others use the pool."""
@@ -21,16 +23,13 @@ SECOND_PATIENCE: Final = 2.0
 
 _PID: Final = "SELECT pg_backend_pid()"
 
-Connection = psycopg.AsyncConnection[Any]
 
-
-async def shares_sessions(first: Connection, url: str, **options: Any) -> bool:
+async def shares_sessions(first: Connection, url: str) -> bool:
     """Whether two connections get the same session in turn, as in PgBouncer's transaction mode.
 
     Args:
         first: in autocommit mode.
         url: where a second connection is made.
-        options: as for psycopg.
 
     Raises:
         psycopg.Error: a connection is lost.
@@ -39,7 +38,7 @@ async def shares_sessions(first: Connection, url: str, **options: Any) -> bool:
         return False  # PostgreSQL has told this number itself, so there is no pooler.
     try:
         async with asyncio.timeout(SECOND_PATIENCE):
-            second = await psycopg.AsyncConnection.connect(url, autocommit=True, **options)
+            second = await connect(url)
     except TimeoutError:
         return False  # It waits for the session that the first connection keeps.
     hung_up = False

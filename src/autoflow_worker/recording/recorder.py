@@ -5,9 +5,6 @@ latency, a busy one batches by itself, and there is no timer to tune. Each calle
 of its own patch. Nothing is given up while the recorder is open: what PostgreSQL can't take now is
 tried again until it can, or until the caller withdraws it; what it can never store is left out of
 the patch, if the rest is true without it.
-
-psycopg_pool is not used: its pause between attempts to reconnect grows to minutes, while what a
-worker has to record must be in the table seconds after PostgreSQL is back.
 """
 
 import asyncio
@@ -19,9 +16,10 @@ import structlog
 
 from autoflow_worker.errors import PartDiedError
 from autoflow_worker.outage import Reasons, Refusals, Silence
+from autoflow_worker.recording.faults import may_be_for_good, reason_of
 from autoflow_worker.recording.lane import LARGE_BATCH, MAX_BATCH, SLOW_BATCH, Lane
+from autoflow_worker.recording.pool import Pool
 from autoflow_worker.recording.refused_rows import RefusedRows
-from autoflow_worker.recording.statements import may_be_for_good, reason_of
 from autoflow_worker.recording.write import Verdict, Write
 
 log = structlog.get_logger(__name__)
@@ -48,12 +46,16 @@ class StatusRecorder:
             wait for a batch that takes longer than `SLOW_BATCH`.
 
     Attributes:
+        pool: the process's connections to PostgreSQL.
         refusals: PostgreSQL's, of connections and rows.
         silence: is told when PostgreSQL hangs.
     """
 
     def __init__(self, url: str, *, max_connections: int = 1) -> None:
-        self._lanes = [Lane(self, url, index) for index in range(max_connections)]
+        self.pool = Pool(url, max_connections)
+        self.refusals = Refusals()
+        self.silence = Silence("postgresql_silent", "postgresql_answers_again")
+        self._lanes = [Lane(self, self.pool, index) for index in range(max_connections)]
         self._waiting: deque[Write] = deque()
         self._postponed: set[Write] = set()
         self._due: deque[Write] = deque()
@@ -63,8 +65,6 @@ class StatusRecorder:
         self._helping: asyncio.TimerHandle | None = None
         self._outage_since: float | None = None
         self._reasons = Reasons()
-        self.refusals = Refusals()
-        self.silence = Silence("postgresql_silent", "postgresql_answers_again")
         self._closed = False
 
     async def open(self, timeout: float) -> None:
@@ -76,16 +76,16 @@ class StatusRecorder:
         Raises:
             DatabaseUnavailableError: not reached in time, a wrong password, or no such database.
         """
-        await self._lanes[0].open(timeout)
+        await self.pool.open(timeout)
         for lane in self._lanes:
             lane.start()
 
     async def close(self, timeout: float) -> None:
         """Write what waits, for `timeout` seconds at most, and disconnect. May be called twice."""
         self._closed = True
-        if left := self._outstanding():
+        if left := self.outstanding:
             await asyncio.wait({write.settled for write in left}, timeout=timeout)
-        for write in (left := self._outstanding()):
+        for write in (left := self.outstanding):
             if not write.ready.done():
                 write.release(Verdict.LATE)
             write.settled.cancel()
@@ -97,6 +97,7 @@ class StatusRecorder:
             if timer is not None:
                 timer.cancel()
         await asyncio.gather(*(lane.close() for lane in self._lanes))
+        await self.pool.close()
 
     def deaths(self) -> list[asyncio.Task[None]]:
         """The tasks that never end while the recorder works."""
@@ -116,10 +117,14 @@ class StatusRecorder:
         """Give up a write that was put off; its `settled` says whether it was written first."""
         write.is_withdrawn = True
         # What a statement holds may be committed by now, so that has to end first.
-        if not any(write in lane.batch for lane in self._lanes):
+        if not self.is_writing(write):
             self._postponed.discard(write)
             write.settle(Verdict.WITHDRAWN)
             self.wake_lanes()
+
+    def is_writing(self, write: Write) -> bool:
+        """Whether a lane has taken a write into its batch; a statement may hold it."""
+        return any(write in lane.batch for lane in self._lanes)
 
     def take(self, at_least: int) -> list[Write]:
         """The next batch: no row twice in it, or in two batches at once, so that order is kept.
@@ -181,7 +186,7 @@ class StatusRecorder:
             return
         # The first lane takes what there is; the others help when much waits, or one is slow.
         for index, lane in enumerate(self._lanes):
-            if lane.idle.is_set():
+            if lane.is_idle:
                 lane.wake(1 if index == 0 else LARGE_BATCH)
                 return
             if len(self._waiting) < LARGE_BATCH:
@@ -208,25 +213,33 @@ class StatusRecorder:
     def _help(self) -> None:
         """Set one more lane to work if all that work are at slow batches, and others wait."""
         self._helping = None
-        if not (self._waiting or self._due) or self._outage_since is not None:
+        if not (self._waiting or self._due) or self.is_away:
             return
         loop = asyncio.get_running_loop()
-        working = [lane for lane in self._lanes if not lane.idle.is_set()]
-        idle = [lane for lane in self._lanes if lane.idle.is_set()]
-        if idle and all(loop.time() - lane.began_at >= SLOW_BATCH for lane in working):
+        working = [lane for lane in self._lanes if not lane.is_idle]
+        idle = [lane for lane in self._lanes if lane.is_idle]
+        if not (working and idle):
+            return
+        if all(loop.time() - lane.began_at >= SLOW_BATCH for lane in working):
             idle[0].wake()
-        if idle:
-            self._helping = loop.call_later(SLOW_BATCH, self._help)
+        self._help_soon()
 
-    def _outstanding(self) -> list[Write]:
+    @property
+    def outstanding(self) -> list[Write]:
+        """The writes that are on their way."""
         taken = [write for lane in self._lanes for write in lane.batch]
         everything = (*taken, *self._postponed, *self._due, *self._waiting)
         return [write for write in everything if not write.settled.done()]
 
+    @property
+    def is_away(self) -> bool:
+        """Whether PostgreSQL is away, as far as the last statement told."""
+        return self._outage_since is not None
+
     def _release_late(self) -> None:
         """Let starts go on that have waited for `START_PATIENCE`."""
         loop = asyncio.get_running_loop()
-        starts = [w for w in self._outstanding() if w.is_start and not w.ready.done()]
+        starts = [w for w in self.outstanding if w.is_start and not w.ready.done()]
         for write in starts:
             if loop.time() - write.created_at >= START_PATIENCE:
                 write.release(Verdict.LATE)

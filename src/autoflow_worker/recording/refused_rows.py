@@ -6,7 +6,7 @@ from typing import Final
 
 import structlog
 
-from autoflow_worker.recording.statements import Blame, blame, facts_of
+from autoflow_worker.recording.faults import Blame, blame, facts_of
 from autoflow_worker.recording.write import Write
 
 log = structlog.get_logger(__name__)

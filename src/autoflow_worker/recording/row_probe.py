@@ -6,12 +6,12 @@ columns without a default, constraints, triggers, policies and rights all have t
 
 import json
 import secrets
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final
+from typing import Final
 
 import psycopg
 
+from autoflow_worker.clock import now_ms
 from autoflow_worker.errors import DatabaseUnavailableError
 from autoflow_worker.recording.patches import (
     Record,
@@ -24,6 +24,7 @@ from autoflow_worker.recording.patches import (
     success_result,
     unknown_job_row,
 )
+from autoflow_worker.recording.pool import Connection
 from autoflow_worker.recording.statements import INSERT, LOCKED, LOOK, UPDATE_MANY
 
 #: What the server did not do in time, or what two transactions did to each other: it may pass.
@@ -34,8 +35,6 @@ _MAY_PASS: Final = (
     psycopg.errors.SerializationFailure,
 )
 _LEFT: Final = "PostgreSQL leaves {what} out without an error: a trigger or a row-level policy"
-
-Connection = psycopg.AsyncConnection[Any]
 
 
 async def fault_of_writing(
@@ -110,7 +109,7 @@ def _statements(row_id: str, queue: str, *, new_rows: bool) -> Iterator[tuple[st
 
 
 def _patches() -> Mapping[str, Record]:
-    now = time.time() * 1000
+    now = now_ms()
     error = error_record("a probe of autoflow-worker", now)
     return {
         "active": active_patch(now_ms=now, attempt=1),

@@ -8,23 +8,20 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Any
 
 import psycopg
 from psycopg.rows import TupleRow
 
-from autoflow_worker.encoding.masking import mask_secrets
 from autoflow_worker.errors import (
     DatabaseRefusedError,
     DatabaseUnavailableError,
     DatabaseUnfitError,
 )
+from autoflow_worker.recording.faults import is_refusal, reason_of
+from autoflow_worker.recording.pool import CONNECT_TIMEOUT, Connection, connect
 from autoflow_worker.recording.pooler import shares_sessions
 from autoflow_worker.recording.row_probe import fault_of_writing
-from autoflow_worker.recording.statements import is_refusal
 
-#: Seconds that one attempt to connect may take.
-CONNECT_TIMEOUT = 5.0
 #: json_to_recordset with a MATERIALIZED query around it, as the recorder writes it.
 MIN_SERVER_VERSION = 120_000
 
@@ -107,7 +104,7 @@ async def inspect_tasks_table(
     async with connection_to(url, patience, autocommit=True) as connection:
         try:
             async with asyncio.timeout(4 * patience):
-                if await shares_sessions(connection, url, **_options(patience)):
+                if await shares_sessions(connection, url):
                     raise DatabaseUnfitError(_POOLER)
                 described = await (await connection.execute(_DESCRIBE)).fetchone()
                 types = dict(await (await connection.execute(_COLUMN_TYPES)).fetchall())
@@ -160,7 +157,7 @@ def _faults(
 @asynccontextmanager
 async def connection_to(
     url: str, patience: float, *, autocommit: bool = False
-) -> AsyncIterator[psycopg.AsyncConnection[TupleRow]]:
+) -> AsyncIterator[Connection]:
     """Connect, and speak of what goes wrong as errors of this package.
 
     Raises:
@@ -170,38 +167,20 @@ async def connection_to(
     """
     try:
         async with asyncio.timeout(patience):
-            connection = await psycopg.AsyncConnection.connect(
-                url, autocommit=autocommit, **_options(patience)
-            )
+            connection = await connect(url, timeout=patience, autocommit=autocommit)
     except TimeoutError:
         raise DatabaseUnavailableError(
             f"PostgreSQL can't be reached: it gave no answer in {patience:g} s"
         ) from None
     except psycopg.Error as error:
         if is_refusal(error):
-            reason = f"PostgreSQL refuses the connection: {_reason(error)}"
+            reason = f"PostgreSQL refuses the connection: {reason_of(error)}"
             raise DatabaseRefusedError(reason) from None
-        raise DatabaseUnavailableError(f"PostgreSQL can't be reached: {_reason(error)}") from None
+        raise DatabaseUnavailableError(f"PostgreSQL can't be reached: {reason_of(error)}") from None
     try:
         async with connection:
             yield connection
     except psycopg.OperationalError as error:
-        raise DatabaseUnavailableError(f"PostgreSQL went away: {_reason(error)}") from None
+        raise DatabaseUnavailableError(f"PostgreSQL went away: {reason_of(error)}") from None
     except psycopg.Error as error:
-        raise DatabaseUnfitError(f"PostgreSQL refused: {_reason(error)}") from None
-
-
-def _options(patience: float) -> dict[str, Any]:
-    return {
-        "connect_timeout": max(2, round(patience)),
-        "application_name": "autoflow-worker",
-        "client_encoding": "UTF8",
-    }
-
-
-def _reason(error: psycopg.Error) -> str:
-    # Not a server's whole text, whose DETAIL may hold a row. libpq repeats itself for each address
-    # that a name has.
-    text = error.diag.message_primary or str(error)
-    lines = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())
-    return mask_secrets(" ".join(lines)) or type(error).__name__
+        raise DatabaseUnfitError(f"PostgreSQL refused: {reason_of(error)}") from None

@@ -1,8 +1,7 @@
-"""The producing side: a row and its job, as the API makes them (contract, section 5)."""
+"""Schedule tasks from Python: a row and its job, as the API makes them (contract, section 5)."""
 
 import asyncio
 import secrets
-import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -16,6 +15,7 @@ from autoflow_worker.broker.backoff import MAX_DELAY_MS
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.producer import KEPT_COMPLETED, KEPT_FAILED, Producer
 from autoflow_worker.broker.replies import CommandRefusedError
+from autoflow_worker.clock import now_ms
 from autoflow_worker.encoding.results import storable
 from autoflow_worker.errors import (
     PayloadError,
@@ -23,15 +23,16 @@ from autoflow_worker.errors import (
     RedisUnfitError,
     WorkerError,
 )
+from autoflow_worker.pauses import Pauses
 from autoflow_worker.recording import patches
-from autoflow_worker.recording.new_rows import PATIENCE, RETRY_PAUSE, NewRows
+from autoflow_worker.recording.new_rows import PATIENCE, RETRY_PAUSE, RETRY_PAUSE_MAX, NewRows
 from autoflow_worker.settings import check_urls
 from autoflow_worker.tasks.definition import PRIORITIES, TaskDefinition
 
 log = structlog.get_logger(__name__)
 
 CLOSE_PATIENCE: Final = 6 * PATIENCE
-"""Seconds that closing waits for schedules that were begun; no step of one takes that long."""
+"""Seconds that closing waits for `schedule` calls that still run."""
 
 P = TypeVar("P")
 
@@ -90,7 +91,7 @@ class TaskScheduler:
             raise
 
     async def close(self) -> None:
-        """Finish what was begun, and disconnect. May be called twice."""
+        """Wait for running `schedule` calls, and disconnect. May be called twice."""
         if self._begun:
             await asyncio.wait(self._begun, timeout=CLOSE_PATIENCE)
         for begun in self._begun:
@@ -111,8 +112,8 @@ class TaskScheduler:
     ) -> str:
         """Add one job of a task, and its row; return the task's id.
 
-        Once begun it is carried to its end: a caller that is cancelled meanwhile leaves a task
-        that runs. If the job can't be added, its row becomes `failed`.
+        A caller that is cancelled does not stop this: the row and the job are added all the same.
+        If the job can't be added, its row becomes `failed`.
 
         Args:
             task: whose queue, priority, attempts and backoff the job gets.
@@ -125,7 +126,7 @@ class TaskScheduler:
             PayloadError: the payload does not validate; nothing was written.
             RedisUnavailableError, RedisUnfitError: the job could not be added.
             DatabaseUnavailableError, DatabaseUnfitError: the row could not be inserted.
-            WorkerError: the delay makes no sense, or this is not open.
+            WorkerError: the delay is out of range, or the scheduler is not open.
         """
         if self._redis is None:
             raise WorkerError("the scheduler is not open")
@@ -143,7 +144,7 @@ class TaskScheduler:
     def _end(self, begun: asyncio.Task[None]) -> None:
         self._begun.discard(begun)
         if not begun.cancelled():
-            begun.exception()  # Asked for, so that asyncio doesn't complain if the caller has gone.
+            begun.exception()  # Mark it as retrieved: the caller may have been cancelled.
 
     def _job(self, task: TaskDefinition[Any], data: dict[str, Any], delay_ms: int) -> Any:
         options: dict[str, Any] = {
@@ -163,7 +164,7 @@ class TaskScheduler:
         await self._rows.insert(job.id, row)
         try:
             await self._add(job)
-        except Exception as error:  # BullMQ's own errors are of no class of their own.
+        except Exception as error:  # BullMQ raises errors without a class of their own.
             reason = f"the job could not be added: {error}"
             await self._withdraw(job, reason)
             if isinstance(error, RedisConnectionError) and not isinstance(
@@ -174,7 +175,7 @@ class TaskScheduler:
         try:
             await self._rows.merge(job.id, {"externalId": job.id})
         except WorkerError as error:
-            # The task is scheduled, and runs: who was told otherwise would schedule it again.
+            # The job is in its queue. A caller that got an error would schedule the task again.
             log.warning("external_id_not_recorded", task_id=job.id, reason=str(error))
 
     async def _reach_redis(self) -> None:
@@ -187,38 +188,38 @@ class TaskScheduler:
             raise RedisUnavailableError(reason) from None
 
     async def _add(self, job: Any) -> None:
-        """Add the job, over a connection that breaks.
+        """Add the job, and add it again when the connection breaks.
 
-        A reply that gets lost leaves open whether the job was added, so it is added again: BullMQ
-        takes an id once, and answers the second time with the job that is there.
+        A lost reply leaves open whether the job was added. Adding it again is safe: BullMQ adds an
+        id once, and answers the second time with the job that exists.
 
         Raises:
-            redis.exceptions.ConnectionError: not added, or nobody knows.
-            Exception: the server, or BullMQ, refuses it.
+            redis.exceptions.ConnectionError: the job was not added, or its fate is unknown.
+            Exception: Redis or BullMQ refuses the job.
         """
         assert self._producer is not None
         deadline = asyncio.get_running_loop().time() + PATIENCE
-        pause = RETRY_PAUSE
+        pauses = Pauses(RETRY_PAUSE, RETRY_PAUSE_MAX)
         while True:
             try:
                 await self._producer.add(job)
             except RedisConnectionError:
+                pause = pauses.take()
                 if asyncio.get_running_loop().time() + pause > deadline:
                     raise
                 await asyncio.sleep(pause)
-                pause *= 2
             else:
                 return
 
     async def _withdraw(self, job: Any, reason: str) -> None:
-        """Mark the row failed: it must not wait for ever for a job that does not exist.
+        """Mark the row failed, so that it does not stay `pending` without a job.
 
-        Not deleted, because the job may exist: then the row is there for it to write into.
+        The row is not deleted: the job may exist after all, and then needs its row.
         """
         log.error("job_not_added", queue=job.name, task_id=job.id, reason=reason)
-        now_ms = time.time() * 1000
-        error = patches.error_record(reason, now_ms)
-        patch = patches.failed_patch(now_ms=now_ms, attempt=0, error=error)
+        ended = now_ms()
+        error = patches.error_record(reason, ended)
+        patch = patches.failed_patch(now_ms=ended, attempt=0, error=error)
         try:
             await self._rows.merge_unless_started(job.id, patch)
         except WorkerError as failure:
@@ -229,10 +230,10 @@ def _payload_object(task: TaskDefinition[Any], payload: object) -> dict[str, Any
     """Return the payload as the JSON object that it travels as.
 
     Raises:
-        PayloadError: it is none, or does not validate.
+        PayloadError: the payload is no JSON object, or does not validate.
     """
     try:
-        # By alias and without computed fields: as the worker's validation wants it back.
+        # By alias and without computed fields, as the worker validates it.
         data = storable(to_jsonable_python(payload, by_alias=True, round_trip=True))
     except Exception as error:
         reason = f"payload can't be written as JSON: {error}"
@@ -246,7 +247,7 @@ def _payload_object(task: TaskDefinition[Any], payload: object) -> dict[str, Any
 
 
 def _row(task: TaskDefinition[Any], job: Any, user_id: str | None) -> patches.Record:
-    """Return the row as the API inserts it: as for a job that came without one, and its user."""
+    """Return the row as the API inserts it."""
     row = patches.unknown_job_row(
         task.queue_name, data=job.data, options=job.opts, timestamp=job.timestamp
     )

@@ -59,7 +59,7 @@ async def test_a_slow_batch_does_not_hold_up_other_rows(db: Database) -> None:
     async with recording(db.url, 2) as recorder:
         async with slow_row(db):
             slow = recorder.submit(active("slow"))
-            await until(lambda: recorder._lanes[0].batch)
+            await until(lambda: recorder.is_writing(slow))
             assert await recorder.submit(active("quick")).settled is Verdict.WRITTEN
             assert await recorder.submit(active("quick-2")).settled is Verdict.WRITTEN
             assert not slow.settled.done()
@@ -73,7 +73,7 @@ async def test_a_row_in_a_slow_batch_keeps_its_order(db: Database) -> None:
     async with recording(db.url, 3) as recorder:
         async with slow_row(db):
             first = recorder.submit(active("slow"))
-            await until(lambda: recorder._lanes[0].batch)
+            await until(lambda: recorder.is_writing(first))
             second = recorder.submit(Write("slow", QUEUE, failed, patches.encode(failed)))
             assert await recorder.submit(active("quick")).settled is Verdict.WRITTEN
             assert not second.settled.done()
@@ -84,13 +84,13 @@ async def test_a_row_in_a_slow_batch_keeps_its_order(db: Database) -> None:
 
 async def test_a_lane_that_can_not_connect_takes_nothing(db: Database) -> None:
     async with recording(db.url, 2) as recorder, slow_row(db):
-        recorder.submit(active("slow"))
-        await until(lambda: recorder._lanes[0].batch)
+        slow = recorder.submit(active("slow"))
+        await until(lambda: recorder.is_writing(slow))
         await allow_connections(db, allowed=False)
         try:
             quick = recorder.submit(active("quick"))
-            await until(lambda: not recorder._lanes[1].idle.is_set())
-            assert not recorder._lanes[1].batch
+            await until(lambda: recorder.pool.failure)
+            assert not recorder.is_writing(quick)
             await db.execute("SELECT pg_advisory_unlock(1)")
             assert await quick.settled is Verdict.WRITTEN
         finally:
@@ -105,7 +105,7 @@ async def test_a_lane_that_finds_only_rows_of_another_batch_waits(db: Database) 
         async with slow_row(db):
             # All of these are one batch, and then all that waits is of the same rows.
             first = [recorder.submit(active(task)) for task in ("slow", *tasks)]
-            await until(lambda: recorder._lanes[0].batch)
+            await until(lambda: recorder.is_writing(first[0]))
             again = [recorder.submit(active(task)) for task in tasks]
             # A further lane has looked through these as soon as it has written another row.
             assert await recorder.submit(active("quick")).settled is Verdict.WRITTEN

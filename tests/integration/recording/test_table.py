@@ -14,8 +14,10 @@ import pytest
 from autoflow_worker.errors import DatabaseUnavailableError, DatabaseUnfitError
 from autoflow_worker.local.embedded import free_port
 from autoflow_worker.recording.table import init_db, inspect_tasks_table
+from autoflow_worker.recording.write import Verdict
 from tests.support.database import Connection, Database, other_database
 from tests.support.pooler import TransactionPooler
+from tests.support.recording import QUEUE, active, recording, submit, write
 from tests.support.servers import OwnServer
 from tests.support.until import until
 
@@ -265,6 +267,9 @@ async def test_pgbouncer(db: Database, tmp_path: Path, mode: str, sessions: int)
     async with pgbouncer(db.url, tmp_path, mode, sessions) as url:
         if mode == "session":
             await inspect_tasks_table(url)
+            task = await db.insert_task(QUEUE)
+            async with recording(url) as keeper:
+                assert await submit(keeper, write(task, active())) == [Verdict.WRITTEN]
         else:
             with pytest.raises(DatabaseUnfitError, match="PgBouncer in transaction"):
                 await inspect_tasks_table(url)

@@ -133,7 +133,7 @@ async def test_postgresql_away_while_outcomes_wait_for_it_does_not_hold_the_exit
         handler.released.set()
         recorder = worker.service.recorder
         assert recorder is not None
-        await until(recorder._outstanding if how == "hangs" else lambda: recorder._outage_since)
+        await until(lambda: recorder.outstanding if how == "hangs" else recorder.is_away)
         assert await bounded_stop(worker) == EXIT_HANDED_BACK
     await queue.assert_nothing_is_stranded()
     await come_back(own_postgres, how)

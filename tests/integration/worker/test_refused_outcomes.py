@@ -295,7 +295,7 @@ async def test_a_held_outcome_is_handed_back_at_the_deadline(
             keeper = worker.service.recorder
             assert keeper is not None
             # Its next try is seconds away by then.
-            await until(lambda: {w.times_put_off for w in keeper._postponed} == {4})
+            await until(lambda: {w.times_put_off for w in keeper.outstanding} == {4})
             assert await worker.stop() == 4
         assert await jobs.told() == set()
         assert await jobs.db.status(bad) == "pending"

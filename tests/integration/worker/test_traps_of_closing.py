@@ -158,11 +158,6 @@ async def test_15_closing_one_queue_leaves_the_shared_client_open(
     await client.aclose()
 
 
-def unblocks(command: list[bytes]) -> bool:
-    """Whether this ends a blocking read; the start tries the command on connection 0."""
-    return command[:2] == [b"CLIENT", b"UNBLOCK"] and command[2] != b"0"
-
-
 async def test_17_a_marker_that_is_taken_while_closing_is_put_back(stage: Stage) -> None:
     async with Proxy(stage.redis_url) as proxy:
         wait = proxy.hold_reply_to(b"BZPOPMIN")

@@ -22,7 +22,8 @@ from autoflow_worker.local.embedded import embedded_postgres, embedded_redis
 from autoflow_worker.logs.configure import configure_logging, flush_logs
 from autoflow_worker.process.signals import hold_signals, stop_on_signals
 from autoflow_worker.recording import patches
-from autoflow_worker.recording.table import CONNECT_TIMEOUT, connection_to, init_db
+from autoflow_worker.recording.pool import CONNECT_TIMEOUT
+from autoflow_worker.recording.table import connection_to, init_db
 from autoflow_worker.scheduling.scheduler import TaskScheduler
 from autoflow_worker.service import WorkerService
 from autoflow_worker.settings import Settings
