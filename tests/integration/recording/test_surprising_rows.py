@@ -1,245 +1,40 @@
 """Rows that surprise: what the API, or anybody, does to a row while its job waits or runs.
 
-tests/integration/test_recorder.py has the single writes; here whole jobs run.
+The recorder's own tests have the single writes; here whole jobs run.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from psycopg.types.json import Jsonb
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from autoflow_worker import DelayedError, TaskContext, TaskDefinition, TaskOptions, define_task
-from autoflow_worker.tasks.worker_options import WorkerOptions
-from tests.support.api import Api, Json
-from tests.support.database import task_data
-from tests.support.node import Scheduled
+from autoflow_worker import define_task
+from tests.support.api import Api
+from tests.support.api_writes import (
+    HOUR_MS,
+    IMPATIENT,
+    NEVER_ENDS,
+    QUEUE,
+    RETRIES,
+    Ending,
+    Handler,
+    Retry,
+    check_the_next_runs,
+    merge,
+    raises,
+    returns,
+    until_state,
+)
 from tests.support.process import WorkerStarter
 from tests.support.running import RunWorker
 from tests.support.until import until
 
-QUEUE = "q"
 ROOT = Path(__file__).parents[3]
-HOUR_MS = 3_600_000
-IMPATIENT: WorkerOptions = {"lockDuration": 1000, "stalledInterval": 1000}
-
-NEVER_ENDS = f"""
-    import asyncio
-    from autoflow_worker import define_task
-
-    async def handle(payload, ctx):
-        await asyncio.Event().wait()
-
-    tasks = [define_task("{QUEUE}", handle, worker_options={IMPATIENT})]
-"""
-
-Ending = Callable[[TaskContext], Awaitable[object]]
-Retry = Callable[[Api, str], Awaitable[None]]
-
-
-async def returns(ctx: TaskContext) -> object:
-    return ctx.attempt
-
-
-async def raises(ctx: TaskContext) -> object:
-    raise ValueError(f"attempt {ctx.attempt}")
-
-
-async def moves(ctx: TaskContext) -> object:
-    """Delay the job by nothing, so that it comes again at once."""
-    await ctx.job.moveToDelayed(0, ctx.job.token)
-    raise DelayedError
-
-
-class Handler:
-    """A handler that waits for its gate and then ends as told.
-
-    Attributes:
-        ran: the attempts that were started, by job.
-        ends: how they end; the last one goes for all that follow.
-    """
-
-    def __init__(self, *ends: Ending, opened: bool = True) -> None:
-        self.ran: dict[str, list[int]] = {}
-        self.ends = ends or (returns,)
-        self.gate = asyncio.Event()
-        if opened:
-            self.gate.set()
-
-    async def __call__(self, payload: Json, ctx: TaskContext) -> object:
-        runs = self.ran.setdefault(ctx.task_id, [])
-        runs.append(ctx.attempt)
-        await self.gate.wait()
-        return await self.ends[min(len(runs), len(self.ends)) - 1](ctx)
-
-    def task(self, queue: str = QUEUE, **options: Any) -> TaskDefinition[Any]:
-        return define_task(queue, self, TaskOptions(**options))
-
-
-async def merge(api: Api, task_id: str, **keys: object) -> None:
-    """What the API's own updates are: some keys of the row, merged."""
-    patch = Jsonb(keys)
-    changed = await api.db.execute(
-        "UPDATE tasks SET data = data || %s WHERE id = %s", patch, task_id
-    )
-    assert changed == 1
-
-
-async def cancel(api: Api, task_id: str) -> None:
-    await merge(api, task_id, status="cancelled")
-
-
-async def until_state(api: Api, task_id: str, state: str) -> None:
-    async def reached() -> bool:
-        return await api.node.get_state(QUEUE, task_id) == state
-
-    await until(reached, message=f"{task_id} to be {state}")
-
-
-async def check_the_next_runs(api: Api, handler: Handler) -> None:
-    """The worker is none the worse for it."""
-    task_id = await api.schedule(QUEUE)
-    await until(lambda: task_id in handler.ran)
-    assert (await api.node.get_counts(QUEUE))["waiting"] == 0
-
-
-# -- cancelled -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("delay", [None, 100])
-@pytest.mark.parametrize("way", ["the row only", "the job only", "both"])
-async def test_a_task_cancelled_before_it_starts_never_runs(
-    run_worker: RunWorker, api: Api, way: str, delay: int | None
-) -> None:
-    handler = Handler()
-    task_id = await api.schedule(QUEUE, attempts=3, backoff=10, delay=delay)
-    if way != "the row only":
-        await api.node.job(QUEUE, task_id, "remove")
-    if way != "the job only":
-        await cancel(api, task_id)
-    before = await api.db.row(task_id)
-    async with run_worker([handler.task()]):
-        if way == "the row only":
-            await until_state(api, task_id, "failed")
-            job = await api.node.get_job(QUEUE, task_id)
-            assert job is not None
-            assert (job["failedReason"], job["attemptsMade"]) == ("the task is cancelled", 1)
-        await check_the_next_runs(api, handler)
-    assert task_id not in handler.ran
-    assert await api.db.row(task_id) == before
-
-
-@pytest.mark.parametrize("way", ["the row only", "the job only", "both"])
-async def test_a_task_cancelled_between_two_attempts_does_not_run_again(
-    run_worker: RunWorker, api: Api, way: str
-) -> None:
-    handler = Handler(raises)
-    task_id = await api.schedule(QUEUE, attempts=3, backoff=HOUR_MS)
-    async with run_worker([handler.task()]):
-        before = await api.until_both_say(QUEUE, task_id, "delayed")
-        if way != "the job only":
-            await cancel(api, task_id)
-        if way == "the row only":
-            await api.node.job(QUEUE, task_id, "promote")
-            await until_state(api, task_id, "failed")
-        else:
-            await api.node.job(QUEUE, task_id, "remove")
-        await check_the_next_runs(api, handler)
-    assert handler.ran[task_id] == [1]
-    status = "delayed" if way == "the job only" else "cancelled"
-    assert await api.db.row(task_id) == before | {"status": status}
-
-
-@pytest.mark.parametrize(
-    ("ending", "status", "state"),
-    [
-        (returns, "completed", "completed"),  # The work was done, and that is what is told.
-        (raises, "cancelled", "failed"),
-        (moves, "cancelled", "failed"),
-    ],
-)
-async def test_a_task_cancelled_while_it_runs(
-    run_worker: RunWorker, api: Api, ending: Ending, status: str, state: str
-) -> None:
-    handler = Handler(ending, opened=False)
-    task_id = await api.schedule(QUEUE, attempts=3, backoff=10)
-    async with run_worker([handler.task()]):
-        before = await api.until_both_say(QUEUE, task_id, "active")
-        await cancel(api, task_id)
-        handler.gate.set()
-        await until_state(api, task_id, state)
-        await check_the_next_runs(api, handler)
-    assert handler.ran[task_id] == [1]
-    row = await api.db.row(task_id)
-    assert row is not None
-    assert row["status"] == status
-    if status == "cancelled":
-        assert row == before | {"status": "cancelled"}
-    else:
-        assert row["result"]["output"] == 1
-
-
-async def test_a_task_cancelled_while_it_runs_and_handed_back_does_not_run_again(
-    run_worker: RunWorker, api: Api
-) -> None:
-    handler = Handler(opened=False)
-    task_id = await api.schedule(QUEUE)
-    async with run_worker([handler.task()]) as worker:
-        before = await api.until_both_say(QUEUE, task_id, "active")
-        await cancel(api, task_id)
-        assert await worker.abort() == 4
-    assert await api.db.row(task_id) == before | {"status": "cancelled"}
-    other = Handler()
-    async with run_worker([other.task()]):
-        await until_state(api, task_id, "failed")
-    assert other.ran == {}
-    assert await api.db.row(task_id) == before | {"status": "cancelled"}
-
-
-async def test_a_cancelled_task_that_the_api_takes_up_again_runs(
-    run_worker: RunWorker, api: Api
-) -> None:
-    handler = Handler()
-    task_id = await api.schedule(QUEUE)
-    await cancel(api, task_id)
-    async with run_worker([handler.task()]):
-        await until_state(api, task_id, "failed")
-        await retry_by_adding(api, task_id)
-        await api.until_both_say(QUEUE, task_id, "completed")
-    assert handler.ran == {task_id: [1]}
-
 
 # -- the API's retry -----------------------------------------------------------------------------
-
-
-async def retry_by_adding(api: Api, task_id: str) -> None:
-    """The row is pending again, and the job is added again under its id."""
-    await merge(api, task_id, status="pending", attempts=0)
-    if await api.node.get_job(QUEUE, task_id):
-        await api.node.job(QUEUE, task_id, "remove")
-    await api.node.schedule_all(QUEUE, [Scheduled({}, task_id=task_id, attempts=1)])
-
-
-async def retry_by_adding_a_new_row(api: Api, task_id: str) -> None:
-    """As the API would write a row for the first time."""
-    data = task_data(QUEUE, {}, maxAttempts=1)
-    await api.db.execute("UPDATE tasks SET data = %s WHERE id = %s", Jsonb(data), task_id)
-    await api.node.job(QUEUE, task_id, "remove")
-    await api.node.schedule_all(QUEUE, [Scheduled({}, task_id=task_id, attempts=1)])
-
-
-async def retry_by_bullmq(api: Api, task_id: str) -> None:
-    await merge(api, task_id, status="pending", attempts=0)
-    state = await api.node.get_state(QUEUE, task_id)
-    await api.node.job(QUEUE, task_id, "retry", state)
-
-
-RETRIES: dict[Retry, int] = {retry_by_adding: 1, retry_by_adding_a_new_row: 1, retry_by_bullmq: 2}
 
 
 @pytest.mark.parametrize("retry", RETRIES)

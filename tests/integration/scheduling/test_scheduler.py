@@ -2,119 +2,33 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field, computed_field
 from redis.asyncio import Redis
-from typing_extensions import TypedDict
 
-from autoflow_worker import TaskContext, TaskOptions, TaskScheduler, define_task
-from autoflow_worker.broker import channel
+from autoflow_worker import TaskScheduler
 from autoflow_worker.errors import (
-    DatabaseUnavailableError,
-    DatabaseUnfitError,
     PayloadError,
-    RedisUnavailableError,
-    RedisUnfitError,
     SettingsError,
     WorkerError,
 )
-from autoflow_worker.recording import new_rows
-from autoflow_worker.scheduling import scheduler as scheduler_module
 from tests.support.configured import ConfiguredRedis
 from tests.support.database import Database
 from tests.support.node import Node
 from tests.support.process import WorkerStarter
-from tests.support.proxy import Proxy
 from tests.support.running import RunWorker
-from tests.support.servers import OwnServer
-from tests.support.until import PATIENCE, until
-
-QUEUE = "users-send-welcome-email"
-
-
-class Email(BaseModel):
-    address: str = Field(alias="emailAddress")
-    born: date | None = None
-
-    @computed_field  # type: ignore[prop-decorator]  # mypy's own limit
-    @property
-    def domain(self) -> str:
-        return self.address.partition("@")[2]
-
-
-@dataclass
-class Invoice:
-    number: int
-    due: datetime | None = None
-
-
-class Ticket(TypedDict):
-    title: str
-
-
-async def send(payload: Email, ctx: TaskContext) -> str:
-    return payload.domain
-
-
-async def pay(payload: Invoice, ctx: TaskContext) -> int:
-    return payload.number
-
-
-async def triage(payload: Ticket, ctx: TaskContext) -> None: ...
-
-
-async def anything(payload: dict[str, Any], ctx: TaskContext) -> None: ...
-
-
-email = define_task(
-    QUEUE, send, TaskOptions(priority="high", max_attempts=5, backoff_ms=700, concurrency=5)
+from tests.support.scheduling import (
+    QUEUE,
+    Email,
+    Invoice,
+    Ticket,
+    email,
+    invoice,
+    plain,
+    ticket,
 )
-invoice = define_task("invoices-pay", pay)
-ticket = define_task("tickets-triage", triage)
-plain = define_task("anything", anything)
-
-
-@pytest.fixture
-async def scheduler(redis_url: str, database_url: str, prefix: str) -> AsyncIterator[TaskScheduler]:
-    async with TaskScheduler(
-        redis_url=redis_url, database_url=database_url, prefix=prefix
-    ) as opened:
-        yield opened
-
-
-def wait_for_servers(patch: pytest.MonkeyPatch, seconds: float) -> None:
-    for module in (scheduler_module, new_rows):
-        patch.setattr(module, "PATIENCE", seconds)
-    patch.setattr(channel, "CONNECT_PATIENCE", seconds)
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that comes back has the time that a busy machine needs."""
-    wait_for_servers(monkeypatch, PATIENCE)
-
-
-@contextmanager
-def impatience() -> Iterator[None]:
-    """Where a server does not come back, that is known soon."""
-    with pytest.MonkeyPatch.context() as patch:
-        wait_for_servers(patch, 0.1)
-        yield
-
-
-async def job_ids(redis: Redis, prefix: str) -> set[str]:
-    """The ids of all jobs, from their hashes."""
-    found = set()
-    async for key in redis.scan_iter(f"{prefix}:*", count=10_000):
-        if await redis.type(key) == "hash" and await redis.hexists(key, "opts"):
-            found.add(key.rpartition(":")[2])
-    return found
 
 
 async def test_the_row_is_as_the_api_writes_it(scheduler: TaskScheduler, db: Database) -> None:
@@ -293,20 +207,6 @@ async def test_many_at_once(scheduler: TaskScheduler, db: Database, node5: Node)
     assert (await node5.get_counts("anything"))["prioritized"] == 200
 
 
-async def test_an_unreachable_redis(database_url: str, db: Database) -> None:
-    scheduler = TaskScheduler(redis_url="redis://127.0.0.1:1", database_url=database_url)
-    with pytest.raises(RedisUnavailableError):
-        await scheduler.open(0.1)
-
-
-async def test_an_unreachable_database(redis_url: str) -> None:
-    url = "postgresql://x:S3cret@127.0.0.1:1/x"
-    scheduler = TaskScheduler(redis_url=redis_url, database_url=url)
-    with pytest.raises(DatabaseUnavailableError) as caught:
-        await scheduler.open()
-    assert "S3cret" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     "url",
     [
@@ -322,13 +222,14 @@ async def test_a_database_url_that_can_not_be_read(url: str) -> None:
     assert "1234" not in str(caught.value)
 
 
-async def test_it_has_to_be_open(redis_url: str, database_url: str) -> None:
+async def test_it_has_to_be_open(redis_url: str, database_url: str, db: Database) -> None:
     scheduler = TaskScheduler(redis_url=redis_url, database_url=database_url)
     with pytest.raises(WorkerError, match="not open"):
         await scheduler.schedule(plain, {})
     await scheduler.close()
-    async with scheduler:
-        pass
+    for _ in range(2):
+        async with scheduler:
+            await scheduler.schedule(plain, {})
     await scheduler.close()
 
 
@@ -344,189 +245,6 @@ async def test_a_unix_socket(database_url: str, db: Database) -> None:
             assert await client.exists(f"bull:anything:{task_id}")
     finally:
         server.close()
-
-
-async def test_redis_away_before_anything_is_written(
-    own_redis: OwnServer, database_url: str, db: Database
-) -> None:
-    async with TaskScheduler(redis_url=own_redis.url, database_url=database_url) as scheduler:
-        await own_redis.stop()
-        with impatience(), pytest.raises(RedisUnavailableError):
-            await scheduler.schedule(plain, {})
-        assert await db.rows() == {}
-        await own_redis.start()
-        assert await scheduler.schedule(plain, {}) in await db.rows()
-
-
-async def test_redis_that_refuses_for_a_while(
-    own_redis: OwnServer, database_url: str, db: Database
-) -> None:
-    async with (
-        TaskScheduler(redis_url=own_redis.url, database_url=database_url) as scheduler,
-        Redis.from_url(own_redis.url) as client,
-    ):
-        await client.config_set("maxmemory", 1)
-        scheduling = asyncio.create_task(scheduler.schedule(plain, {}))
-        await until(db.rows)
-        await client.config_set("maxmemory", 0)
-        task_id = await scheduling
-        assert await db.status(task_id) == "pending"
-        assert await client.exists(f"bull:anything:{task_id}")
-
-
-async def test_redis_that_refuses_for_good(
-    own_redis: OwnServer, database_url: str, db: Database
-) -> None:
-    async with (
-        TaskScheduler(redis_url=own_redis.url, database_url=database_url) as scheduler,
-        Redis.from_url(own_redis.url) as client,
-    ):
-        await client.config_set("maxmemory", 1)
-        with impatience(), pytest.raises(RedisUnavailableError, match="could not be added"):
-            await scheduler.schedule(plain, {}, delay_ms=1000)
-        [task_id] = await db.rows()
-        task = await db.task(task_id)
-        assert (task.status, task.attempts, task.externalId) == ("failed", 0, None)
-        assert task.failedAt is not None
-        assert task.error is not None
-        assert task.error.reason.startswith("the job could not be added: OOM")
-
-
-async def test_a_queue_that_can_not_take_jobs(
-    scheduler: TaskScheduler, db: Database, redis: Redis, prefix: str
-) -> None:
-    await redis.set(f"{prefix}:anything:prioritized", "no sorted set")
-    with pytest.raises(RedisUnfitError, match="WRONGTYPE"):
-        await scheduler.schedule(plain, {})
-    assert await db.statuses() == {"failed": 1}
-
-
-async def test_a_lost_reply_is_no_lost_job_and_no_second_one(
-    redis_url: str, redis: Redis, database_url: str, db: Database, *, prefix: str, node5: Node
-) -> None:
-    async with (
-        Proxy(redis_url) as proxy,
-        TaskScheduler(redis_url=proxy.url, database_url=database_url, prefix=prefix) as scheduler,
-    ):
-        ambush = proxy.lose_reply_to(b"the-lost-one")
-        task_id = await scheduler.schedule(plain, {"which": "the-lost-one"})
-        assert ambush.count >= 2
-    assert await job_ids(redis, prefix) == {task_id}
-    assert await node5.get_state("anything", task_id) == "prioritized"
-    assert (await db.task(task_id)).externalId == task_id
-
-
-async def test_a_job_of_unknown_fate_that_exists_after_all(
-    redis_url: str,
-    database_url: str,
-    db: Database,
-    *,
-    prefix: str,
-    run_worker: RunWorker,
-) -> None:
-    async with (
-        Proxy(redis_url) as proxy,
-        TaskScheduler(redis_url=proxy.url, database_url=database_url, prefix=prefix) as scheduler,
-    ):
-        proxy.lose_reply_to(b"the-lost-one")
-        await proxy.refuse()
-        with impatience(), pytest.raises(RedisUnavailableError):
-            await scheduler.schedule(plain, {"which": "the-lost-one"})
-    [task_id] = await db.rows()
-    assert await db.status(task_id) == "failed"
-    async with run_worker([plain]):
-        task = await db.until_status(task_id, "completed")
-    assert (task.error, task.failedAt) == (None, None)
-
-
-async def test_a_caller_that_is_cancelled_leaves_a_task_that_runs(
-    scheduler: TaskScheduler, db: Database, redis: Redis, prefix: str
-) -> None:
-    for turns in range(30):
-        call = asyncio.create_task(scheduler.schedule(plain, {"turns": turns}))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        call.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call
-    await scheduler.close()
-    rows = await db.rows()
-    assert await job_ids(redis, prefix) == rows.keys()
-    assert rows
-    assert all(row["externalId"] == task_id for task_id, row in rows.items())
-
-
-async def test_a_cancelled_caller_whose_job_can_not_be_added(
-    own_redis: OwnServer, database_url: str, db: Database
-) -> None:
-    async with TaskScheduler(redis_url=own_redis.url, database_url=database_url) as scheduler:
-        async with Redis.from_url(own_redis.url) as client:
-            await client.config_set("maxmemory", 1)
-        with impatience():
-            call = asyncio.create_task(scheduler.schedule(plain, {}))
-            await asyncio.sleep(0)  # It has begun.
-            call.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await call
-            await scheduler.close()
-    assert await db.statuses() == {"failed": 1}
-
-
-async def test_a_connection_to_postgresql_that_breaks(
-    scheduler: TaskScheduler, db: Database
-) -> None:
-    await scheduler.schedule(plain, {})
-    for _ in range(3):
-        await db.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        )
-        task_id = await scheduler.schedule(plain, {})
-        assert (await db.task(task_id)).externalId == task_id
-
-
-async def test_postgresql_away(
-    own_postgres: OwnServer, redis_url: str, redis: Redis, prefix: str
-) -> None:
-    async with TaskScheduler(
-        redis_url=redis_url, database_url=own_postgres.url, prefix=prefix
-    ) as scheduler:
-        await own_postgres.stop()
-        with impatience(), pytest.raises(DatabaseUnavailableError):
-            await scheduler.schedule(plain, {})
-        assert await job_ids(redis, prefix) == set()
-        await own_postgres.start()
-        task_id = await scheduler.schedule(plain, {})
-        assert await job_ids(redis, prefix) == {task_id}
-
-
-async def test_postgresql_away_after_the_job_was_added(
-    own_postgres: OwnServer, redis_url: str, redis: Redis, prefix: str
-) -> None:
-    async with (
-        Proxy(redis_url) as proxy,
-        TaskScheduler(
-            redis_url=proxy.url, database_url=own_postgres.url, prefix=prefix
-        ) as scheduler,
-    ):
-        ambush = proxy.hold_reply_to(b"the-held-one")
-        scheduling = asyncio.create_task(scheduler.schedule(plain, {"which": "the-held-one"}))
-        await ambush.sprung.wait()
-        await own_postgres.stop()
-        ambush.release()
-        with impatience():
-            task_id = await scheduling
-        assert await job_ids(redis, prefix) == {task_id}
-    await own_postgres.start()
-
-
-async def test_a_database_without_the_table(
-    scheduler: TaskScheduler, db: Database, redis: Redis, prefix: str
-) -> None:
-    await db.execute("DROP TABLE tasks")
-    with pytest.raises(DatabaseUnfitError, match='"tasks" does not exist'):
-        await scheduler.schedule(plain, {})
-    assert await job_ids(redis, prefix) == set()
 
 
 async def test_the_command(worker_process: WorkerStarter, db: Database, node5: Node) -> None:
