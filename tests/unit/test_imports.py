@@ -28,7 +28,7 @@ FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
 
 # The wings that may import a library; the others go through these.
 LIBRARIES = {
-    "psycopg": {"recording"},
+    "psycopg psycopg_pool": {"recording"},
     "bullmq": {"broker", "tasks"},  # tasks passes its exceptions on
     "http aiohttp starlette uvicorn": {"operations"},
     "click": {"cli"},

@@ -34,9 +34,9 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def may_be_for_good(error: BaseException) -> bool:
-    """Whether waiting alone may not end this: a right or a table is gone, a constraint is there.
+    """Whether an error may last for ever: a missing right, a missing table, a new constraint.
 
-    A check like that at the start has to tell; one row may be refused for reasons of its own.
+    One row may also be refused for a reason of its own, so a check as at the start has to decide.
     """
     return is_refusal(error) or (
         isinstance(error, psycopg.Error)
@@ -50,16 +50,16 @@ def may_be_for_good(error: BaseException) -> bool:
 
 
 class UnencodableError(ValueError):
-    """A text that is no text, such as half a surrogate pair, can't be sent to PostgreSQL."""
+    """A text can't be encoded as UTF-8, such as half a surrogate pair."""
 
 
 class Blame(enum.Enum):
     """Whose fault it is that a statement failed."""
 
-    CONTENT = "content"  # a patch holds what PostgreSQL can't store: it fails again and again
-    ROW = "row"  # PostgreSQL refuses one row now; its patch may be written later, the others now
-    SERVER = "server"  # nothing can be written now
-    CODE = "code"  # this package's own, over one of the writes or over all of them
+    CONTENT = "content"  # a patch holds a value that PostgreSQL can never store
+    ROW = "row"  # PostgreSQL refuses one row now; its patch may be taken later
+    SERVER = "server"  # no row can be written now
+    CODE = "code"  # this package's code breaks over one write, or over all
 
 
 # By classes of SQLSTATE: data that can't be stored, and limits of the program.
@@ -71,7 +71,7 @@ _ROW_CODES: Final = frozenset({"42501", "57014"})
 
 
 def blame(error: Exception) -> Blame:
-    """Return whose fault an error is that came up while writes were on their way."""
+    """Return whose fault an error is that was raised while a batch was written."""
     if isinstance(error, UnencodableError | UnicodeError):
         return Blame.CONTENT
     if isinstance(error, psycopg.Error):
@@ -80,7 +80,7 @@ def blame(error: Exception) -> Blame:
             return Blame.CONTENT
         if code[:2] in _ROW_CLASSES or code in _ROW_CODES:
             return Blame.ROW
-        # A statement that PostgreSQL can't work with is the table's, unless a trigger has it.
+        # An invalid statement is ours (the table has changed), unless a trigger contains it.
         return Blame.ROW if code[:2] == "42" and error.diag.context else Blame.SERVER
     return Blame.SERVER if isinstance(error, OSError) else Blame.CODE
 

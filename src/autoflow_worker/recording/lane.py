@@ -19,7 +19,7 @@ LARGE_BATCH: Final = 100
 """Patches that have to wait for a further connection to be used; fewer are cheaper in one batch."""
 
 SLOW_BATCH: Final = 0.02
-"""Seconds after which a batch counts as slow, by its rows' size or a lock: others needn't wait."""
+"""Seconds after which a batch counts as slow; then another lane takes the writes that wait."""
 
 RETRY_PAUSE: Final = 0.02
 """Seconds before the first retry of a failed batch; doubled from there."""
@@ -109,7 +109,7 @@ class Lane:
                 self._source.note_rest(has_written=has_written)
 
     async def _can_help(self) -> bool:
-        """Connect before taking anything: it would wait here while another lane could write it."""
+        """Connect before taking a batch, which another lane could write meanwhile."""
         try:
             await self._checkout.link()
         except (psycopg.Error, OSError):

@@ -1,8 +1,8 @@
 """A connection to PostgreSQL whose statements cost little of the event loop's time.
 
-For each statement, psycopg asks the event loop to watch the connection's socket, and to stop it
-again: a dozen system calls. Here it is watched as long as the connection lives. Connecting, with
-all options of libpq, libpq itself and the exceptions stay psycopg's own.
+psycopg adds the socket to the event loop for each statement and removes it again, which takes a
+dozen system calls. A `PostgresLink` watches the socket as long as the connection lives. psycopg
+still connects, and its libpq and its exceptions are used.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ WATCH_INTERVAL: Final = 1.0
 
 
 class Rows:
-    """The rows that a statement returned; each is read when it is asked for."""
+    """The rows that a statement returned, decoded on iteration."""
 
     def __init__(self, result: PGresult) -> None:
         self._result = result
@@ -50,7 +50,7 @@ class PostgresLink:
         self._watch_at = 0.0
         self._silent_since = 0.0
         self._libpq = connection.pgconn
-        # libpq closes it by itself when the connection is lost, and then tells its number no more.
+        # libpq closes the socket when the connection is lost, and no longer tells its number then.
         self._socket = self._libpq.socket
         self._loop = asyncio.get_running_loop()
         self._names: dict[str, bytes] = {}
@@ -90,7 +90,7 @@ class PostgresLink:
         return self._reply
 
     def _flush(self) -> None:
-        """Send what libpq holds; the rest, when the socket takes it."""
+        """Send what libpq has buffered; wait for the socket if it is full."""
         try:
             is_full = self._libpq.flush() != 0
         except Exception as error:
@@ -111,14 +111,14 @@ class PostgresLink:
         if self._reply is None or self._lost is not None:
             return
         now = self._loop.time()
-        # While something blocked the loop, a reply may have come: that is not the server's silence.
+        # While the event loop was blocked a reply may have arrived, so that time does not count.
         self._silent_since += max(0.0, now - self._watch_at)
         if now - self._silent_since >= SILENT_AFTER:
             self._silence.begin(self, self._silent_since)
         self._watch_soon()
 
     def _read(self) -> None:
-        """Take what has come: a reply, a part of one, or the connection's end."""
+        """Read from the socket: a reply, a part of one, or the connection's end."""
         self._silent_since = self._loop.time()
         self._silence.end(self)
         try:
@@ -141,7 +141,7 @@ class PostgresLink:
             reply.set_exception(error_from_result(result))
 
     def _is_complete(self) -> bool:
-        """Take the results that have come; whether the reply is complete with them."""
+        """Take the results that have arrived, and return whether the reply is complete."""
         while not self._libpq.is_busy():
             result = self._libpq.get_result()
             if result is None:
@@ -150,7 +150,7 @@ class PostgresLink:
         return False
 
     def _lose(self, error: Exception) -> None:
-        """The connection is lost; or this code is wrong, and its caller has to hear that too."""
+        """Fail the statement: the connection is lost, or this code is wrong."""
         self._ignore_socket()
         self._lost = error
         reply, self._reply = self._reply, None

@@ -34,7 +34,7 @@ _MERGE_UNLESS_STARTED: Final = _MERGE + "AND data->>'startedAt' IS NULL"
 
 
 class NewRows:
-    """Writes rows one by one, over one connection that is made again when it broke.
+    """Writes rows one by one, over a single connection, for which the callers wait in turn.
 
     Each method raises `DatabaseUnavailableError` if PostgreSQL is away for `PATIENCE` seconds, and
     `DatabaseUnfitError` if it refuses what is asked.

@@ -19,10 +19,10 @@ FROM tasks WHERE
 """
 _OPEN_ROWS: Final = f"{_COMPARED} data->>'status' = ANY(%s) AND id > %s ORDER BY id LIMIT %s"
 _ROWS: Final = f"{_COMPARED} id = ANY(%s) ORDER BY id"
-# Only while the row still is as it was compared: a worker or the API may have written it since.
+# `xmin` changes with each write: a worker or the API may have written the row since.
 _IS_UNCHANGED: Final = "SELECT FROM tasks WHERE id = %s AND xmin::text = %s"
-# Not worth a wait for the disk, as it can be done again; nor a long one for somebody's lock. Both
-# are set for this one statement.
+# Wait neither for the disk, as `reconcile` can be run again, nor long for another session's lock.
+# Both settings hold for this one statement.
 _WRITE: Final = """
 UPDATE tasks SET data = data || %s::jsonb, updated_at = timezone('utc', now())
 WHERE id = %s AND xmin::text = %s

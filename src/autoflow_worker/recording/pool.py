@@ -68,9 +68,9 @@ async def connect(
 
 
 class Pool:
-    """The PostgreSQL connections of a process: made on demand, replaced when they break.
+    """The PostgreSQL connections of a process, made on demand and replaced when they break.
 
-    It is a `psycopg_pool` that tells its users why it can't connect.
+    A `psycopg_pool` only logs why it can't connect. This one tells those who wait.
 
     Args:
         url: libpq's connection URL.
@@ -86,8 +86,8 @@ class Pool:
         self._pool = self._new()
         self._waiting: set[asyncio.Timeout] = set()
         self.failure: Exception | None = None
-        # The pool logs each attempt and each checkout. What an operator must know is said by those
-        # who use the connections. An application's own setting of this logger stays.
+        # psycopg_pool logs each attempt and each checkout. The users of the connections log what an
+        # operator must know. If an application has set this logger's level, it stays.
         logger = logging.getLogger("psycopg.pool")
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)

@@ -1,8 +1,8 @@
 """Whether a pooler between this worker and PostgreSQL gives each connection a session of its own.
 
 The recorder prepares statements and sets planner options, which belong to a session. PgBouncer in
-transaction or statement mode deals the sessions out anew for each transaction: the options would
-end up in other programs' sessions, and the statements would be missing in ours.
+transaction or statement mode assigns a session anew for each transaction. So the options would
+reach other programs, and the prepared statements would be missing.
 """
 
 import asyncio
@@ -16,10 +16,10 @@ import psycopg
 from autoflow_worker.recording.pool import Connection, connect
 
 ROUNDS: Final = 5
-"""How often two connections are compared; the first time tells, unless others use the pool."""
+"""How often two connections are compared; once is enough, unless other clients use the pooler."""
 
 SECOND_PATIENCE: Final = 2.0
-"""Seconds for a second connection: a pool may have one session only, and we hold it."""
+"""Seconds for a second connection, which waits for ever if the pooler has a single session."""
 
 _PID: Final = "SELECT pg_backend_pid()"
 
@@ -35,12 +35,12 @@ async def shares_sessions(first: Connection, url: str) -> bool:
         psycopg.Error: a connection is lost.
     """
     if await _session(first) == first.info.backend_pid:
-        return False  # PostgreSQL has told this number itself, so there is no pooler.
+        return False  # The number is PostgreSQL's own, so there is no pooler.
     try:
         async with asyncio.timeout(SECOND_PATIENCE):
             second = await connect(url)
     except TimeoutError:
-        return False  # It waits for the session that the first connection keeps.
+        return False  # It waits for the session that the first connection holds.
     hung_up = False
 
     def hang_up() -> None:
@@ -48,7 +48,7 @@ async def shares_sessions(first: Connection, url: str) -> bool:
         hung_up = True
         _shut(second)
 
-    # Not by cancelling: psycopg would ask the pooler for seconds to cancel the statement.
+    # Don't cancel the task: psycopg would ask the pooler for seconds to cancel the statement.
     timer = asyncio.get_running_loop().call_later(SECOND_PATIENCE, hang_up)
     try:
         return await _are_dealt_out(first, second)

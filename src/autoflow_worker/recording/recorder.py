@@ -2,9 +2,9 @@
 
 Patches that arrive while a statement runs go into the next one: an idle system has no added
 latency, a busy one batches by itself, and there is no timer to tune. Each caller awaits the commit
-of its own patch. Nothing is given up while the recorder is open: what PostgreSQL can't take now is
-tried again until it can, or until the caller withdraws it; what it can never store is left out of
-the patch, if the rest is true without it.
+of its own patch. While the recorder is open it gives up no patch. A patch that PostgreSQL does not
+take now is tried again until PostgreSQL takes it, or until the caller withdraws it. A text that
+PostgreSQL can never store is left out of its patch, if the rest is true without it.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ START_PATIENCE: Final = 5.0
 """Seconds that a handler waits for its row to say `active`; then it starts and the row follows."""
 
 POSTPONED_PAUSE: Final = 0.5
-"""Seconds until a write that was put off is tried again, by itself; doubled from there."""
+"""Seconds until a write that was put off is tried again; doubled at each further try."""
 
 POSTPONED_PAUSE_MAX: Final = 4.0
 """Seconds between two such tries, at most."""
@@ -42,12 +42,12 @@ class StatusRecorder:
 
     Args:
         url: libpq's connection URL.
-        max_connections: connections at most; one serves until `LARGE_BATCH` patches wait, or some
-            wait for a batch that takes longer than `SLOW_BATCH`.
+        max_connections: connections at most. The first is enough until `LARGE_BATCH` patches wait,
+            or a batch takes longer than `SLOW_BATCH`.
 
     Attributes:
         pool: the process's connections to PostgreSQL.
-        refusals: PostgreSQL's, of connections and rows.
+        refusals: since when PostgreSQL refuses connections or rows.
         silence: is told when PostgreSQL hangs.
     """
 
@@ -100,7 +100,7 @@ class StatusRecorder:
         await self.pool.close()
 
     def deaths(self) -> list[asyncio.Task[None]]:
-        """The tasks that never end while the recorder works."""
+        """Return the lanes' tasks; one that ends has died."""
         return [lane.task for lane in self._lanes if lane.task is not None]
 
     def submit(self, write: Write) -> Write:
@@ -116,7 +116,7 @@ class StatusRecorder:
     def withdraw(self, write: Write) -> None:
         """Give up a write that was put off; its `settled` says whether it was written first."""
         write.is_withdrawn = True
-        # What a statement holds may be committed by now, so that has to end first.
+        # A statement that holds the write may be committed already, so its end is awaited.
         if not self.is_writing(write):
             self._postponed.discard(write)
             write.settle(Verdict.WITHDRAWN)
@@ -127,13 +127,13 @@ class StatusRecorder:
         return any(write in lane.batch for lane in self._lanes)
 
     def take(self, at_least: int) -> list[Write]:
-        """The next batch: no row twice in it, or in two batches at once, so that order is kept.
+        """Return the next batch. A row is in one batch at a time, and once, so order is kept.
 
-        A write that was put off is a batch of its own. These take turns with the others, since
-        one may take as long as PostgreSQL lets a statement run.
+        A write that was put off is a batch of its own, because its statement may run until
+        `statement_timeout`. Such batches take turns with the others.
 
         Args:
-            at_least: writes that have to wait for it to be worth a batch.
+            at_least: return no batch if fewer writes wait.
         """
         if len(self._waiting) + len(self._due) < at_least:
             return []
@@ -163,7 +163,7 @@ class StatusRecorder:
         return list(batch.values())
 
     def postpone(self, write: Write) -> None:
-        """Try a write again in a while, by itself; later writes of its row stay behind it."""
+        """Try a write again later, in a batch of its own; later writes of its row wait for it."""
         if write.is_withdrawn:
             write.settle(Verdict.WITHDRAWN)
             return
@@ -181,10 +181,11 @@ class StatusRecorder:
         self.wake_lanes()
 
     def wake_lanes(self) -> None:
-        """Set the lanes to work, if there is some."""
+        """Set an idle lane to work, if writes wait."""
         if not (self._waiting or self._due):
             return
-        # The first lane takes what there is; the others help when much waits, or one is slow.
+        # The first lane takes any number of writes. Further lanes help if many wait, or if the
+        # batches that are being written are slow.
         for index, lane in enumerate(self._lanes):
             if lane.is_idle:
                 lane.wake(1 if index == 0 else LARGE_BATCH)
@@ -197,9 +198,9 @@ class StatusRecorder:
         """A further lane has nothing more to write.
 
         Args:
-            has_written: whether it wrote a batch. Then writes that waited for that batch's rows can
-                be taken. If not, it must not be set to work at once: all rows are in other batches,
-                and it would find nothing again, without an end.
+            has_written: whether the lane wrote a batch. Writes that waited for the batch's rows can
+                then be taken. A lane that wrote none must not be woken at once: all rows that wait
+                are in other lanes' batches, so it would find none again, in an endless loop.
         """
         if has_written:
             self.wake_lanes()
@@ -211,7 +212,7 @@ class StatusRecorder:
             self._helping = asyncio.get_running_loop().call_later(SLOW_BATCH, self._help)
 
     def _help(self) -> None:
-        """Set one more lane to work if all that work are at slow batches, and others wait."""
+        """Set one more lane to work if writes wait and each working lane has a slow batch."""
         self._helping = None
         if not (self._waiting or self._due) or self.is_away:
             return
@@ -226,7 +227,7 @@ class StatusRecorder:
 
     @property
     def outstanding(self) -> list[Write]:
-        """The writes that are on their way."""
+        """The writes that are neither written nor given up."""
         taken = [write for lane in self._lanes for write in lane.batch]
         everything = (*taken, *self._postponed, *self._due, *self._waiting)
         return [write for write in everything if not write.settled.done()]
@@ -237,7 +238,7 @@ class StatusRecorder:
         return self._outage_since is not None
 
     def _release_late(self) -> None:
-        """Let starts go on that have waited for `START_PATIENCE`."""
+        """Release the starts that have waited for `START_PATIENCE`."""
         loop = asyncio.get_running_loop()
         starts = [w for w in self.outstanding if w.is_start and not w.ready.done()]
         for write in starts:
@@ -246,13 +247,13 @@ class StatusRecorder:
         self._patrol = loop.call_later(1.0, self._release_late) if starts else None
 
     def note_refusal(self, write: Write, why: Exception | str) -> None:
-        """PostgreSQL refused a single write."""
+        """Note that PostgreSQL refused a single write."""
         if isinstance(why, Exception) and may_be_for_good(why):
             self.refusals.note("rows")
         self._refused_rows.note(write, why)
 
     def note_outage(self, error: Exception) -> None:
-        """PostgreSQL could not be reached, or gave up; each reason is told once."""
+        """Note that PostgreSQL is away; log each reason once."""
         if self._outage_since is None:
             self._outage_since = asyncio.get_running_loop().time()
         if self._reasons.is_new(reason := reason_of(error)):
@@ -263,7 +264,7 @@ class StatusRecorder:
             self.refusals.forget()  # It is an outage, which is waited out.
 
     def note_written(self, writes: Sequence[Write]) -> None:
-        """A statement was executed, and has written these."""
+        """Note that a statement was executed, and which writes it wrote."""
         self.refusals.over("connection")
         if writes:
             self.refusals.over("rows")

@@ -1,4 +1,4 @@
-"""What the log says of rows that PostgreSQL does not take: once, and when they are written."""
+"""Log rows that PostgreSQL refuses: once when they are refused, and once when they are written."""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from autoflow_worker.recording.write import Write
 log = structlog.get_logger(__name__)
 
 MAX_REMEMBERED: Final = 1000
-"""Rows that are remembered as refused; the oldest is forgotten for one more, and said again."""
+"""Rows that are remembered as refused. The oldest makes room for one more."""
 
 
 class RefusedRows:
-    """Remembers which rows were refused, so that each is said once, however often it is tried."""
+    """Remembers which rows were refused, so that each is logged once for all its tries."""
 
     def __init__(self) -> None:
-        # Since when, by row, and by the status that was to be written: a start may well be written
-        # while the outcome is refused.
+        # Since when, by row and by the status of the patch: PostgreSQL may take a start and refuse
+        # the outcome.
         self._rows: dict[str, dict[object, float]] = {}
 
     def note(self, write: Write, why: Exception | str) -> None:
-        """Say that a row was refused, if that is news.
+        """Log that a row was refused, unless that is known.
 
-        Never with DETAIL, which lists all columns of the row.
+        The error's DETAIL is left out, because it lists all columns of the row.
 
         Args:
             why: the error; or a reason in words.
@@ -40,7 +40,7 @@ class RefusedRows:
         known.setdefault(write.patch.get("status"), asyncio.get_running_loop().time())
 
     def note_written(self, writes: Sequence[Write]) -> None:
-        """Say which of these rows had been refused before."""
+        """Log which of these rows had been refused before."""
         if not self._rows:
             return
         for write in writes:

@@ -1,7 +1,7 @@
-"""Whether rows can be written as the recorder writes them, found out by writing one.
+"""Find out whether rows can be written as the recorder writes them, by writing one.
 
-Everything happens in a transaction that is rolled back, with the recorder's own statements: so
-columns without a default, constraints, triggers, policies and rights all have their say.
+The recorder's own statements run in a transaction that is rolled back. So columns without a
+default, constraints, triggers, policies and missing rights all show.
 """
 
 import json
@@ -27,7 +27,7 @@ from autoflow_worker.recording.patches import (
 from autoflow_worker.recording.pool import Connection
 from autoflow_worker.recording.statements import INSERT, LOCKED, LOOK, UPDATE_MANY
 
-#: What the server did not do in time, or what two transactions did to each other: it may pass.
+#: Errors that may pass: a time limit, or a conflict of two transactions.
 _MAY_PASS: Final = (
     psycopg.errors.LockNotAvailable,
     psycopg.errors.QueryCanceled,
@@ -71,7 +71,7 @@ async def _first_fault(
     new_rows: bool,
 ) -> str | None:
     cursor = psycopg.AsyncRawCursor(connection)
-    # A lock's own timeout comes first, as its message says more.
+    # The lock's timeout is shorter, because its message says more.
     for setting, seconds in {"lock_timeout": patience, "statement_timeout": 2 * patience}.items():
         milliseconds = str(max(1, int(seconds * 1000)))
         await cursor.execute("SELECT set_config($1, $2, true)", (setting, milliseconds))
@@ -94,7 +94,7 @@ async def _first_fault(
 
 
 def _statements(row_id: str, queue: str, *, new_rows: bool) -> Iterator[tuple[str, str, object]]:
-    """What to try, in words; the recorder's statement for it; its parameter."""
+    """Yield what to try: its description, the recorder's statement, and the parameter."""
     if new_rows:
         words = "the row of a job that has none (RECORD_UNKNOWN_JOBS=false: it gets none)"
         row = unknown_job_row(queue, data={}, options={}, timestamp=None)

@@ -3,11 +3,11 @@
 from typing import Final
 
 LOCK_TIMEOUT: Final = "50ms"
-"""How long a batch waits for somebody else's lock before the locked rows are put off."""
+"""How long a batch waits for another session's lock before the locked rows are put off."""
 
-# A batch looks up each of its rows by primary key, whatever the planner believes of the table's
-# size: a plan made for a small table would read all of a grown one for every batch. Reading rows is
-# made dear, since large ones lie outside a table that then looks small.
+# Make the planner look up each row by primary key. A plan that was made for a small table would
+# scan the whole table for every batch once the table has grown. Raise `cpu_tuple_cost` as well:
+# TOASTed rows make the table look small, and the planner would pick a sequential scan.
 _SETTINGS: Final = {
     "lock_timeout": LOCK_TIMEOUT,
     "enable_seqscan": "off",
@@ -21,10 +21,12 @@ SESSION: Final = "SELECT " + ", ".join(
 )
 
 # `data || patch` merges at the top level and keeps the API's other keys. The conditions are the
-# rules that no write may break: another queue's row is not ours; `since`: a start never goes
-# behind a later start; `fence`: an outcome goes only into the row that still shows its own start;
-# a cancelled task stays cancelled, unless its work was done after all (`settles`); `unfinished`:
-# what is said of a job whose data Redis has lost goes only into a row that tells no end yet.
+# rules that no write may break:
+# - the row of another queue's task is left alone;
+# - `since`: a start does not replace a later start;
+# - `fence`: an outcome is written only if the row still shows its own attempt's start;
+# - `settles`: only a completed outcome replaces `cancelled`;
+# - `unfinished`: the failure of a job whose data Redis has lost does not replace an end.
 _UPDATE: Final = """
 UPDATE tasks AS t
 SET data = t.data || p.patch, updated_at = timezone('utc', now())
@@ -43,14 +45,14 @@ _MANY: Final = {
     "columns": "(id text, queue text, patch jsonb, since text, fence text, settles boolean,"
     " unfinished boolean)",
 }
-# The same for one patch, which PostgreSQL needs a tenth less time for.
+# The same for one patch: PostgreSQL needs a tenth less time than for the JSON record set.
 _ONE: Final = {
     "patches": "(SELECT $1::text, $2::text, $3::jsonb, $4::text, $5::text, $6::boolean,"
     " $7::boolean)",
     "columns": "(id, queue, patch, since, fence, settles, unfinished)",
 }
-# A start that a crash of PostgreSQL loses is made good by its outcome, so it needn't wait for the
-# disk. Set inside the statement, it holds for this one transaction and needs no round trip.
+# A batch of starts does not wait for the disk: if a crash of PostgreSQL loses a start, its outcome
+# repairs the row. `set_config` in the statement holds for one transaction and needs no round trip.
 _RELAXED: Final = "(SELECT set_config('synchronous_commit', 'off', true)) = 'off' AND "
 
 UPDATE_MANY: Final = _UPDATE.format(relaxed="", **_MANY)
@@ -70,8 +72,8 @@ free AS MATERIALIZED (
   SELECT id FROM tasks WHERE id = ANY(ARRAY(SELECT id FROM wanted)) FOR NO KEY UPDATE SKIP LOCKED)
 SELECT id FROM tasks WHERE id = ANY(ARRAY(SELECT id FROM wanted)) EXCEPT SELECT id FROM free
 """
-# Whether somebody has, or waits for, a lock of the table that no row can be written beside: an
-# index that is built, a migration. Who waits for one is before us, too.
+# Whether another session holds, or waits for, a table lock that blocks all writes, such as that of
+# a migration or of CREATE INDEX. A session that waits for such a lock is ahead of us in its queue.
 TABLE_LOCKED: Final = """
 SELECT FROM pg_locks
 WHERE relation = to_regclass('tasks') AND pid <> pg_backend_pid()

@@ -1,7 +1,6 @@
-"""The tasks table as a whole: making it where it is missing, and judging it before a start.
+"""The tasks table as a whole: create it if it is missing, and examine it before a start.
 
-Apart from ``recorder``, which writes its rows, the only module that talks to PostgreSQL: these are
-single statements on connections of their own, before or instead of a running worker.
+Each function makes a connection of its own, before or instead of a running worker.
 """
 
 import asyncio
@@ -22,10 +21,10 @@ from autoflow_worker.recording.pool import CONNECT_TIMEOUT, Connection, connect
 from autoflow_worker.recording.pooler import shares_sessions
 from autoflow_worker.recording.row_probe import fault_of_writing
 
-#: json_to_recordset with a MATERIALIZED query around it, as the recorder writes it.
+#: The recorder uses MATERIALIZED, which PostgreSQL has since version 12.
 MIN_SERVER_VERSION = 120_000
 
-#: Whose row is written, and undone, where no task list says it.
+#: The queue of the row that is written and undone, if there is no task list.
 PROBED_QUEUE = "autoflow-probe"
 
 #: The columns that the API creates (contract, section 2), and what else does as well.
@@ -158,7 +157,7 @@ def _faults(
 async def connection_to(
     url: str, patience: float, *, autocommit: bool = False
 ) -> AsyncIterator[Connection]:
-    """Connect, and speak of what goes wrong as errors of this package.
+    """Connect, and raise psycopg's errors as errors of this package.
 
     Raises:
         DatabaseUnavailableError: PostgreSQL can't be reached, or goes away.

@@ -42,18 +42,18 @@ class Write:
     """One patch on its way into one row.
 
     Attributes:
-        ready: the first verdict: LATE for a start that was waited for long enough, PUT_OFF for an
-            outcome that PostgreSQL does not take, else the last verdict.
+        ready: the first verdict. A start that was waited for long enough is LATE. An outcome that
+            PostgreSQL does not take is PUT_OFF. Any other verdict is the last one.
         settled: the next verdict, the same future as `ready` until that is done. A start that is
-            LATE may say PUT_OFF here once; what comes after that is the last verdict.
+            LATE may become PUT_OFF once; the verdict after that is the last one.
         unfinished: whether a row that tells the job's end is left alone.
         new_row: the row to make if there is none; may be given later, too.
-        times_put_off: how often PostgreSQL did not take it. From the first time on it is written
-            by itself, so that it holds up no others.
+        times_put_off: how often PostgreSQL did not take it. A write that was put off is in a batch
+            of its own, so that it delays no others.
         is_put_off: it waits for its next try, so no lane may touch it.
         is_withdrawn: it is given up as soon as no statement holds it.
-        puzzled: it was not written once, and nothing in its row says why.
-        is_smallest: it holds nothing more that could be left out.
+        puzzled: its row did not take it once, and shows no reason.
+        is_smallest: its texts are left out already.
     """
 
     __slots__ = (
@@ -108,20 +108,20 @@ class Write:
         self.settled = self.ready
 
     def settle(self, verdict: Verdict) -> None:
-        """Say the last word."""
+        """Set the last verdict."""
         if not self.settled.done():
             self.settled.set_result(verdict)
 
     def release(self, verdict: Verdict) -> None:
-        """Tell the caller how it stands; the write stays on its way."""
+        """Tell the caller a verdict that is not the last; the write stays on its way."""
         if not self.settled.done():
             told, self.settled = self.settled, asyncio.get_running_loop().create_future()
             told.set_result(verdict)
 
     def put_off(self) -> None:
-        """PostgreSQL does not take it now. Who waits for it is told the first time.
+        """Note that PostgreSQL does not take the write now, and tell the caller the first time.
 
-        A start's caller waits no longer than for LATE, and is not told before.
+        The caller of a start is told once the start is LATE.
         """
         self.is_put_off = True
         self.times_put_off += 1
@@ -130,11 +130,11 @@ class Write:
 
     @property
     def settles(self) -> bool:
-        """Whether it says that the work is done, which stands even against a cancellation."""
+        """Whether the patch replaces `cancelled` in its row: the work is done."""
         return self.patch.get("status") == "completed"
 
     def as_json(self) -> dict[str, Any]:
-        """What the UPDATE of many rows takes of it; what is left out is null there."""
+        """Return the record for the UPDATE of many rows; a missing key is null there."""
         about: dict[str, Any] = {
             "id": self.row_id,
             "queue": self.queue,
@@ -151,7 +151,7 @@ class Write:
         return about
 
     def as_parameters(self) -> list[bytes | None]:
-        """What the UPDATE of one row takes of it, in the same order."""
+        """Return the parameters of the UPDATE of one row."""
         settles = "true" if self.settles else "false"
         unfinished = "true" if self.unfinished else None
         texts = (self.row_id, self.queue, self.text, self.since, self.fence, settles, unfinished)
@@ -159,7 +159,7 @@ class Write:
 
 
 class Recorder(Protocol):
-    """What a TaskWorker needs of whoever keeps the statuses."""
+    """What a TaskWorker needs of the status recorder."""
 
     def submit(self, write: Write) -> Write:
         """Put a write on its way; the caller awaits its `ready` or `settled`."""
