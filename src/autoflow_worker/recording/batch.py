@@ -36,19 +36,11 @@ _NO_NEW_ROW: Final = "PostgreSQL makes no row: a trigger or a policy"
 
 
 class Listener(Protocol):
-    """Who is told what becomes of the writes of a batch."""
+    """What a batch needs of the recorder, which is told what becomes of each write."""
 
-    def postpone(self, write: Write) -> None:
-        """Try a write again later, by itself."""
-        ...
-
-    def note_refusal(self, write: Write, why: Exception | str) -> None:
-        """PostgreSQL does not take a write."""
-        ...
-
-    def note_written(self, writes: Sequence[Write]) -> None:
-        """A statement was executed, and has written these."""
-        ...
+    def postpone(self, write: Write) -> None: ...
+    def note_refusal(self, write: Write, why: Exception | str) -> None: ...
+    def note_written(self, writes: Sequence[Write]) -> None: ...
 
 
 class BatchWriter:

@@ -29,25 +29,13 @@ RETRY_PAUSE_MAX: Final = 2.0
 
 
 class Source(Listener, Protocol):
-    """Where a lane gets its batches, and who is told how it goes: the recorder.
-
-    Attributes:
-        silence: is told when a connection hangs.
-    """
+    """What a lane needs of the recorder, where its batches come from."""
 
     silence: Silence
 
-    def take(self, at_least: int) -> list[Write]:
-        """Return the next batch, if at least so many writes wait."""
-        ...
-
-    def note_rest(self, *, has_written: bool) -> None:
-        """A further lane has nothing more to write."""
-        ...
-
-    def note_outage(self, error: Exception) -> None:
-        """PostgreSQL could not be reached, or gave up."""
-        ...
+    def take(self, at_least: int) -> list[Write]: ...
+    def note_rest(self, *, has_written: bool) -> None: ...
+    def note_outage(self, error: Exception) -> None: ...
 
 
 class Lane:

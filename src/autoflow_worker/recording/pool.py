@@ -77,7 +77,7 @@ class Pool:
         size: connections at most.
 
     Attributes:
-        failure: why the last attempt to connect failed; None if it did not.
+        failure: why an attempt to connect failed, the last one that did; None if none did.
     """
 
     def __init__(self, url: str, size: int) -> None:
@@ -99,12 +99,10 @@ class Pool:
             @classmethod
             async def connect(cls, conninfo: str = "", **options: Any) -> Self:
                 try:
-                    connection = await super().connect(conninfo, **options)
+                    return await super().connect(conninfo, **options)
                 except Exception as error:
                     note(error)
                     raise
-                note(None)
-                return connection
 
         return AsyncConnectionPool(
             self._conninfo,
@@ -116,12 +114,11 @@ class Pool:
             open=False,
         )
 
-    def _note(self, failure: Exception | None) -> None:
+    def _note(self, failure: Exception) -> None:
         self.failure = failure
-        if failure is not None:
-            waiting, self._waiting = self._waiting, set()
-            for each in waiting:
-                each.reschedule(asyncio.get_running_loop().time())
+        waiting, self._waiting = self._waiting, set()
+        for each in waiting:
+            each.reschedule(asyncio.get_running_loop().time())
 
     async def open(self, timeout: float) -> None:
         """Make the first connection. May be called again after `close`.
@@ -137,29 +134,26 @@ class Pool:
         await self._pool.open()
         try:
             async with asyncio.timeout(timeout):
-                await self.put_back(await self._take_first())
-        except TimeoutError:
+                await self._reach()
+        except BaseException as error:
             await self.close()
+            if not isinstance(error, TimeoutError):
+                raise
             reason = "it gives no answer" if self.failure is None else reason_of(self.failure)
             raise DatabaseUnavailableError(
                 f"PostgreSQL can't be reached within {timeout:g} s: {reason}"
             ) from None
-        except psycopg.Error as error:
-            await self.close()
-            raise DatabaseUnavailableError(
-                f"PostgreSQL refuses the connection: {reason_of(error)}"
-            ) from None
-        except BaseException:
-            await self.close()
-            raise
 
-    async def _take_first(self) -> Connection:
+    async def _reach(self) -> None:
         while True:
             try:
-                return await self.take()
+                await self.put_back(await self.take())
             except psycopg.Error as error:
                 if is_refusal(error):
-                    raise
+                    reason = f"PostgreSQL refuses the connection: {reason_of(error)}"
+                    raise DatabaseUnavailableError(reason) from None
+            else:
+                return
 
     async def close(self) -> None:
         """Disconnect. May be called twice; connections that are out close when they come back."""
