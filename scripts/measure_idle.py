@@ -16,8 +16,8 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,7 @@ import psycopg
 from bullmq import Job, Queue, Worker
 from redis.asyncio import Redis
 
-from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
+from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, running
 
 SPELLS = (1, 7, 13, 26, 60)
 """Seconds of idleness before a job."""
@@ -81,13 +81,12 @@ class Contestant:
     def __init__(
         self, stack: ExitStack, database_url: str, folder: Path, tasks: str | None
     ) -> None:
-        server = stack.enter_context(_started(EmbeddedRedis()))
-        self.url = server.url
+        self.url = stack.enter_context(running(EmbeddedRedis()))
         command = ["-m", "autoflow_worker", "start", "--tasks", f"tasks_config:{tasks}"]
         if tasks is None:
-            command = ["-m", "scripts.measure_idle", "plain", server.url]
+            command = ["-m", "scripts.measure_idle", "plain", self.url]
         root = Path(__file__).parents[1]
-        env = {"REDIS_URL": server.url, "DATABASE_URL": database_url, "PYTHONPATH": str(root)}
+        env = {"REDIS_URL": self.url, "DATABASE_URL": database_url, "PYTHONPATH": str(root)}
         worker = subprocess.Popen(
             [sys.executable, *command],
             env={**os.environ, **env},
@@ -177,7 +176,7 @@ async def measure() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "tasks_config.py").write_text(textwrap.dedent(TASKS))
-        database_url = stack.enter_context(_started(EmbeddedPostgres())).url
+        database_url = stack.enter_context(running(EmbeddedPostgres()))
         with psycopg.connect(database_url) as connection:
             connection.execute(
                 files("autoflow_worker.recording").joinpath("schema.sql").read_text()
@@ -220,15 +219,6 @@ async def _wake(contestant: Contestant) -> dict[int, list[float]]:
     for queue, ms in zip(QUEUES, late, strict=True):
         found[int(queue.split("-")[1])].append(ms)
     return found
-
-
-@contextmanager
-def _started(server: EmbeddedServer) -> Iterator[EmbeddedServer]:
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from autoflow_worker.local.embedded import embedded_postgres, embedded_redis
+from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, running
 from scripts.image_test.build import REPOSITORY, Builder, BuildError, require_tools
 from scripts.image_test.contents import check_configuration, check_contents
 from scripts.image_test.jobs import Runs, check_faults, check_jobs
@@ -63,7 +63,7 @@ def _test(folder: Path, tasks: Path) -> None:
         check_configuration(image)
         check_configuration(derived)
         check_contents(image)
-        with embedded_redis() as redis_url, embedded_postgres() as database_url:
+        with running(EmbeddedRedis()) as redis_url, running(EmbeddedPostgres()) as database_url:
             urls = {"REDIS_URL": redis_url, "DATABASE_URL": database_url}
             runs = Runs(folder, tasks, urls)
             try:

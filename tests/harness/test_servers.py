@@ -157,8 +157,9 @@ async def test_embedded_servers_die_with_their_process() -> None:
 async def test_embedded_servers_end_where_a_shell_had_signals_ignored() -> None:
     script = (
         "from autoflow_worker.local import embedded\n"
+        "from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, running\n"
         "embedded.STOP_TIMEOUT = 3600.0\n"
-        "with embedded.embedded_redis(), embedded.embedded_postgres(): pass\n"
+        "with running(EmbeddedRedis()), running(EmbeddedPostgres()): pass\n"
     )
     # As a shell does for what it starts in the background.
     ignoring = ("/bin/sh", "-c", 'trap "" INT QUIT; exec "$@"', "sh")
@@ -172,7 +173,7 @@ async def test_embedded_servers_end_where_a_shell_had_signals_ignored() -> None:
 
 
 def test_embedded_servers_leave_nothing_behind() -> None:
-    with embedded.embedded_redis() as url, redis.Redis.from_url(url) as client:
+    with embedded.running(embedded.EmbeddedRedis()) as url, redis.Redis.from_url(url) as client:
         directory = Path(client.config_get("dir")["dir"])
         assert directory.exists()
     assert not directory.exists()
@@ -212,6 +213,6 @@ async def test_postgres_starts_whatever_the_cache_is(
         (template,) = cache.iterdir()
         shutil.rmtree(template)
         template.write_text("a file where the folder should be")
-    with embedded.embedded_postgres() as url:
+    with embedded.running(embedded.EmbeddedPostgres()) as url:
         async with await Connection.connect(url) as connection:
             assert connection.info.dbname == "autoflow"

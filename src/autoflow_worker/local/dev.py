@@ -11,7 +11,7 @@ from pathlib import Path
 
 from autoflow_worker.env_files import read_env_files
 from autoflow_worker.errors import MissingExtraError, WorkerError
-from autoflow_worker.local.embedded import embedded_postgres, embedded_redis
+from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, running
 from autoflow_worker.logs.configure import configure_logging
 from autoflow_worker.process.signals import SAME_WITHIN, stop_on_signals
 from autoflow_worker.recording.table import init_db
@@ -80,9 +80,9 @@ def _servers() -> Iterator[Mapping[str, str]]:
     urls = {}
     with ExitStack() as stack:
         if not os.environ.get("REDIS_URL"):
-            urls["REDIS_URL"] = stack.enter_context(embedded_redis())
+            urls["REDIS_URL"] = stack.enter_context(running(EmbeddedRedis()))
         if not os.environ.get("DATABASE_URL"):
-            urls["DATABASE_URL"] = stack.enter_context(embedded_postgres())
+            urls["DATABASE_URL"] = stack.enter_context(running(EmbeddedPostgres()))
             asyncio.run(init_db(urls["DATABASE_URL"]))
         yield urls
 

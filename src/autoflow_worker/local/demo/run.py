@@ -18,7 +18,7 @@ from autoflow_worker.errors import TaskListError
 from autoflow_worker.local.demo import kinds
 from autoflow_worker.local.demo.display import LiveTable, say, table
 from autoflow_worker.local.demo.kinds import Job, Kind, Row
-from autoflow_worker.local.embedded import embedded_postgres, embedded_redis
+from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, running
 from autoflow_worker.logs.configure import configure_logging, flush_logs
 from autoflow_worker.process.signals import hold_signals, stop_on_signals
 from autoflow_worker.recording import patches
@@ -67,7 +67,7 @@ def run_demo() -> int:
     log_lines = io.StringIO()
     configure_logging("warning", stream=log_lines)
     say("Starting Valkey and PostgreSQL ...")
-    with embedded_redis() as redis_url, embedded_postgres() as database_url:
+    with running(EmbeddedRedis()) as redis_url, running(EmbeddedPostgres()) as database_url:
         settings = Settings.load(
             redis_url=redis_url,
             database_url=database_url + UNFLUSHED,
