@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -263,13 +264,13 @@ def reconcile(fix: bool, lost: "Lost | None") -> int:
     alone. The exit code is 5 if differences are left, else 0.
     """
     from autoflow_worker.broker.client import PipelinedRedis
+    from autoflow_worker.operations.reconcile import HEADER, Settling, summary
     from autoflow_worker.operations.reconcile import reconcile as compare
-    from autoflow_worker.operations.reconcile_report import HEADER, Summary, line
 
     settings = _load_settings(needs={"redis_url", "database_url"})
     configure_logging("error")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    summary = Summary()
+    counts: Counter[Settling] = Counter()
 
     async def run() -> None:
         database_url, prefix = settings.database_url.get_secret_value(), settings.bullmq_prefix
@@ -277,14 +278,14 @@ def reconcile(fix: bool, lost: "Lost | None") -> int:
             await redis.open(settings.worker_startup_timeout)
             async with aclosing(compare(redis, database_url, prefix, fix=fix, lost=lost)) as found:
                 async for difference in found:
-                    if not summary:
+                    if not counts:
                         click.echo(HEADER)
-                    summary.add(difference)
-                    click.echo(line(difference, width))
+                    counts[difference.settling] += 1
+                    click.echo(difference.line(width))
 
     run_async(run())
-    click.echo(summary)
-    return 0 if summary.is_settled else DIFFERENCES_LEFT
+    click.echo(summary(counts))
+    return 0 if counts.keys() <= {Settling.DONE} else DIFFERENCES_LEFT
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from autoflow_worker import TaskContext, TaskOptions, UnrecoverableError, define_task
-from autoflow_worker.operations.reconcile_report import Difference
+from autoflow_worker.operations.reconcile import Difference
 from tests.support.database import Database
 
 QUEUE = "reports-render"

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing
 from typing import Any, Literal, NamedTuple
 
 from redis.exceptions import RedisError
@@ -15,8 +16,7 @@ from autoflow_worker.recording.table import PROBED_QUEUE, inspect_tasks_table
 from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.loader import load_tasks
 
-#: Seconds to wait for each server at most; a start waits for WORKER_STARTUP_TIMEOUT.
-PATIENCE = 5.0
+PATIENCE = 5.0  # seconds to wait for each server; a start waits for WORKER_STARTUP_TIMEOUT
 
 
 class Finding(NamedTuple):
@@ -24,7 +24,6 @@ class Finding(NamedTuple):
 
     Attributes:
         check: the check's name; empty for a further finding of the same check.
-        verdict: `ok`, `warning`, `failed` or `skipped`.
         text: what the check found, in one line or more, without secrets.
         exit_code: the exit code that a start would end with; 0 unless the check failed.
     """
@@ -87,16 +86,14 @@ def _task_list(settings: Settings, queues: list[str]) -> list[str]:
 
 
 async def _redis(settings: Settings, queues: Sequence[str]) -> list[str]:
-    client = PipelinedRedis(settings.redis_url.get_secret_value())
-    try:
-        official_worker("check", client, settings.bullmq_prefix, {})
-        await client.open(min(PATIENCE, settings.worker_startup_timeout))
-        # The commands are tried on the keys of the task list's queues, if there is a task list.
-        report = await examine_redis(client, settings.bullmq_prefix, queues)
-    except (OSError, RedisError) as error:
-        raise RedisUnavailableError(f"Redis went away: {error}") from error
-    finally:
-        await client.aclose()
+    async with aclosing(PipelinedRedis(settings.redis_url.get_secret_value())) as client:
+        try:
+            official_worker("check", client, settings.bullmq_prefix, {})
+            await client.open(min(PATIENCE, settings.worker_startup_timeout))
+            # The commands are tried on the keys of the task list's queues, if there is one.
+            report = await examine_redis(client, settings.bullmq_prefix, queues)
+        except (OSError, RedisError) as error:
+            raise RedisUnavailableError(f"Redis went away: {error}") from error
     return [report.server, *report.warnings]
 
 

@@ -8,7 +8,11 @@ missing job says nothing about its row; and a job that runs again writes its row
 """
 
 import asyncio
+import textwrap
+from collections import Counter
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -32,7 +36,6 @@ from autoflow_worker.operations.reconcile_plan import (
     job_of,
     plan,
 )
-from autoflow_worker.operations.reconcile_report import Difference, Settling
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.open_rows import OpenRows, Row, RowChangedError
 from autoflow_worker.recording.pool import CONNECT_TIMEOUT
@@ -48,8 +51,51 @@ SETTLING: Final = 1.0
 """Seconds between the two looks. A row and its job change one after the other, not together."""
 
 
-class _JobMovedError(Exception):
-    """The job has changed since it was compared with its row."""
+HEADER: Final = f"{'row':21}  {'it says':7}  {'BullMQ says':16}  queue: what is done"
+
+
+class Settling(Enum):
+    """What became of a difference."""
+
+    DONE = "settled"
+    POSSIBLE = "can be settled with --fix"
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A row whose status is not its job's state.
+
+    Attributes:
+        state: the job's state, by the name of BullMQ's list or set; "gone" for a missing job.
+        what: what became of the difference, in words.
+    """
+
+    row_id: str
+    queue: str
+    status: str
+    state: str
+    settling: Settling
+    what: str
+
+    def line(self, width: int | None) -> str:
+        """Write it as one line without control characters, or wrapped at `width` columns."""
+        text = f"{self.row_id:21}  {self.status:7}  {self.state:16}  {self.queue}: {self.what}"
+        # A queue's name may contain a terminal's escape sequence.
+        text = "".join(char if char.isprintable() else "\ufffd" for char in text)
+        if width is None or len(text) <= width:
+            return text
+        return textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def summary(counts: Counter[Settling]) -> str:
+    """Say in a sentence how many differences there were, and what became of them."""
+    total = counts.total()
+    if not total:
+        return "every row that is not finished agrees with its job"
+    texts = [f"{counts[settling]:,} {settling.value}" for settling in Settling if counts[settling]]
+    rows = "1 row differs" if total == 1 else f"{total:,} rows differ"
+    return f"{rows}: {', '.join(texts)}"
 
 
 async def reconcile(
@@ -99,13 +145,7 @@ async def reconcile(
 
 class _Reconciler:
     def __init__(
-        self,
-        redis: PipelinedRedis,
-        rows: OpenRows,
-        prefix: str,
-        *,
-        fix: bool,
-        lost: Lost | None,
+        self, redis: PipelinedRedis, rows: OpenRows, prefix: str, *, fix: bool, lost: Lost | None
     ) -> None:
         self._rows = rows
         self._producer = Producer(redis, prefix)
@@ -156,13 +196,13 @@ class _Reconciler:
             return None
         try:
             action = await self._plan(row, job)
-            if self._fix:
-                action = await self._do(row, action)
-            else:
+            if not self._fix:
                 await self._rows.make_sure(row)
-        except (RowChangedError, _JobMovedError):
+                return self._difference(row, job, action)
+            done = await self._do(row, action)
+            return None if done is None else self._difference(row, job, done)
+        except RowChangedError:
             return None
-        return self._difference(row, job, action)
 
     async def _look(self, row: Row, *, fields: bool) -> KeptJob | None:
         """Look the row's job up; None if the row names no queue."""
@@ -180,11 +220,10 @@ class _Reconciler:
             return action
         return job_of(row, await self._rows.task(row), now_ms())
 
-    async def _do(self, row: Row, action: Action) -> Action:
+    async def _do(self, row: Row, action: Action) -> Action | None:
         """Settle a difference, and return what was done; a `Leave` says what prevented it.
 
-        Raises:
-            RowChangedError, _JobMovedError: nothing was done.
+        Nothing was done if the job has moved, which is None, or at a `RowChangedError`.
         """
         if isinstance(action, Leave | Retry):
             await self._rows.make_sure(row)
@@ -193,7 +232,7 @@ class _Reconciler:
         try:
             if isinstance(action, Retry):
                 if not await self._producer.retry_failed(str(row.queue), action.job.id):
-                    raise _JobMovedError
+                    return None
             elif isinstance(action, AddAgain):
                 # After the row. A crash in between leaves a row without a job, as before.
                 job = self._producer.job(str(row.queue), action.data, action.options)
@@ -201,8 +240,7 @@ class _Reconciler:
         except NoPermissionError:
             raise
         except ResponseError as error:
-            reason = shorten_reason(str(error))
-            return Leave(f"BullMQ's script breaks on the job: {reason}")
+            return Leave(f"BullMQ's script breaks on the job: {shorten_reason(str(error))}")
         return action
 
     def _difference(self, row: Row, job: KeptJob | None, action: Action) -> Difference:

@@ -24,17 +24,14 @@ from autoflow_worker.tasks.definition import MAX_ATTEMPTS, PRIORITIES
 Lost: TypeAlias = Literal["fail", "requeue"]
 """What to do about a row whose job is gone from Redis."""
 
-BACKOFF_MS: Final = 5_000
-"""The API's exponential backoff (contract, section 1). A row does not hold its job's backoff."""
-
+# The API's (contract, section 1). A row does not hold its job's backoff.
+_BACKOFF: Final = {"type": "exponential", "delay": 5_000}
+# What a patch holds in place of a count or a time that BullMQ does not know.
 _UNKNOWN: Final = (0, patches.iso(0))
-"""What a patch holds in place of a count or a time that BullMQ does not know."""
-
 _JSON_TEXT_ERRORS: Final = (ValueError, RecursionError)
 _RESULT_KEYS: Final = frozenset({"success", "output", "duration"})
 _ISO: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 _INTEGER: Final = re.compile(r"-?(0|[1-9][0-9]*)", re.ASCII)
-_PARTS_OF_A_REPEATED_ID: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +59,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class AddAgain:
-    """Write a patch into the row, then add its job again.
-
-    Attributes:
-        data: the job's data.
-        options: the job's options, by BullMQ's names.
-    """
+    """Write a patch into the row, then add its job again, with options by BullMQ's names."""
 
     patch: Mapping[str, Any]
     data: Mapping[str, Any]
@@ -153,9 +145,7 @@ def _without_job(
 
 def _is_custom_id(job_id: str) -> bool:
     """Whether Node's BullMQ lets a producer choose this id."""
-    if not job_id or _INTEGER.fullmatch(job_id):
-        return False
-    return ":" not in job_id or len(job_id.split(":")) == _PARTS_OF_A_REPEATED_ID
+    return bool(job_id) and not _INTEGER.fullmatch(job_id) and job_id.count(":") in {0, 2}
 
 
 def _patch(row: Row, job: KeptJob, now_ms: float) -> tuple[patches.Record, str]:
@@ -187,11 +177,8 @@ def _completed(job: KeptJob) -> tuple[patches.Record, str]:
 def _result(text: str | None, took_ms: int) -> tuple[patches.Record, str]:
     try:
         value = json.loads(text or "null")
-        if (
-            isinstance(value, dict)
-            and value.get("success") is True
-            and not value.keys() - _RESULT_KEYS
-        ):
+        is_record = isinstance(value, dict) and value.keys() <= _RESULT_KEYS
+        if is_record and value.get("success") is True:
             took_ms = value.get("duration", took_ms)
             value = value.get("output")
         # Any other value is the output itself: another producer's worker or an older one wrote it.
@@ -229,7 +216,7 @@ def job_of(row: Row, task: Task, now_ms: float) -> AddAgain | Leave:
         "jobId": row.id,
         "priority": PRIORITIES.get(task.priority or "", PRIORITIES["normal"]),  # type: ignore[call-overload]
         "attempts": min(max(1, whole(task.max_attempts)), MAX_ATTEMPTS),
-        "backoff": {"type": "exponential", "delay": BACKOFF_MS},
+        "backoff": _BACKOFF,
         **({"delay": delay} if delay else {}),
         "removeOnComplete": KEPT_COMPLETED,
         "removeOnFail": KEPT_FAILED,

@@ -8,7 +8,7 @@ import pytest
 
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.operations import reconcile
-from autoflow_worker.operations.reconcile_report import Difference
+from autoflow_worker.operations.reconcile import Difference
 from tests.support.reconciling import Compare
 
 

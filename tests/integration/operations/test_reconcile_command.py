@@ -19,7 +19,7 @@ from autoflow_worker.errors import (
     RedisUnfitError,
 )
 from autoflow_worker.operations import reconcile
-from autoflow_worker.operations.reconcile_report import Settling
+from autoflow_worker.operations.reconcile import Settling
 from tests.support.api import Api
 from tests.support.database import Connection, Database, new_task_id
 from tests.support.process import WorkerStarter

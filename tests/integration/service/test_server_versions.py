@@ -9,8 +9,7 @@ from redis.asyncio import Redis
 
 from autoflow_worker import TaskContext, TaskOptions, define_task
 from autoflow_worker.broker.client import PipelinedRedis
-from autoflow_worker.operations.reconcile import reconcile
-from autoflow_worker.operations.reconcile_report import Settling
+from autoflow_worker.operations.reconcile import Settling, reconcile
 from tests.support.api import Api, Json
 from tests.support.database import Connection, Database, check_rows
 from tests.support.node import Node
