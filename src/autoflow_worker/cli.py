@@ -32,12 +32,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-#: Exit code of a command that Ctrl-C ends.
+# Exit codes of a command that Ctrl-C ends, and of `reconcile` if differences are left.
 INTERRUPTED = 130
-#: Exit code of `reconcile` if differences are left.
 DIFFERENCES_LEFT = 5
-#: New objects after which Python collects cyclic garbage; its default is 700 or 2000.
-GARBAGE_THRESHOLD = 10_000
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
@@ -118,10 +115,10 @@ def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") ->
     from autoflow_worker.service import WorkerService
     from autoflow_worker.worker.handler_tasks import contain_tasks
 
-    # Modules stay, and jobs leave almost no cyclic garbage. At Python's default threshold, the
-    # collector took a tenth of the time.
+    # Modules stay, and jobs leave almost no cyclic garbage. At Python's default threshold, 700 or
+    # 2000 new objects, the collector took a tenth of the time.
     gc.freeze()
-    gc.set_threshold(GARBAGE_THRESHOLD)
+    gc.set_threshold(10_000)
 
     service = WorkerService(settings, tasks)
 
@@ -156,7 +153,7 @@ def demo() -> int:
 
     Starts servers of its own, and leaves nothing behind.
     """
-    from autoflow_worker.local.demo.run import run_demo
+    from autoflow_worker.local.demo import run_demo
 
     return run_demo()
 
@@ -185,18 +182,11 @@ def check(tasks: str | None, queues: str | None) -> int:
 @cli.command()
 @click.argument("queue")
 @click.argument("payload", metavar="JSON")
-@click.option("--tasks", metavar="MODULE:ATTRIBUTE", help="The task list, as for start.")
+@_tasks_option
 @click.option("--delay-ms", type=click.IntRange(0, MAX_DELAY_MS), help="Delay the job.")
 @click.option("--user-id", help="The user whose task it is.")
 @click.option("--correlation-id", help="An id that the handler gets. [default: generated]")
-def schedule(  # noqa: PLR0917 - click passes them by name
-    queue: str,
-    payload: str,
-    tasks: str | None,
-    delay_ms: int | None,
-    user_id: str | None,
-    correlation_id: str | None,
-) -> int:
+def schedule(queue: str, payload: str, tasks: str | None, **options: Any) -> int:
     """Add one job to QUEUE, and print its task's id.
 
     The payload is the JSON object; `-` reads it from stdin.
@@ -215,9 +205,7 @@ def schedule(  # noqa: PLR0917 - click passes them by name
             database_url=settings.database_url.get_secret_value(),
             prefix=settings.bullmq_prefix,
         ) as scheduler:
-            return await scheduler.schedule(
-                task, data, delay_ms=delay_ms, user_id=user_id, correlation_id=correlation_id
-            )
+            return await scheduler.schedule(task, data, **options)
 
     click.echo(run_async(run()))
     return 0
@@ -290,8 +278,7 @@ def reconcile(fix: bool, lost: "Lost | None") -> int:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code."""
-    code, message = _result(argv)
-    leave_process(code, message)
+    leave_process(*_result(argv))
 
 
 def _result(argv: Sequence[str] | None) -> tuple[int, str | None]:
@@ -301,7 +288,9 @@ def _result(argv: Sequence[str] | None) -> tuple[int, str | None]:
     except WorkerError as error:
         return error.exit_code, f"autoflow-worker: {mask_secrets(str(error))}"
     except click.ClickException as error:
-        return error.exit_code, _usage(error)
+        text = io.StringIO()
+        error.show(text)
+        return error.exit_code, text.getvalue().rstrip()
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED, None
     except (Exception, SystemExit) as error:
@@ -316,10 +305,3 @@ def _accident(error: BaseException) -> str:
     if isinstance(error, ImportError) and (mismatch := mismatch_of_import(error)):
         return str(mismatch)
     return traceback.format_exc()
-
-
-def _usage(error: click.ClickException) -> str:
-    """Return what click prints about a wrong command line."""
-    text = io.StringIO()
-    error.show(text)
-    return text.getvalue().rstrip()

@@ -15,8 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from autoflow_worker.local.demo.kinds import KINDS, Job, faults
-from autoflow_worker.local.demo.run import INTERRUPTED, example_tasks
+from autoflow_worker.local.demo import INTERRUPTED, KINDS, Job, example_tasks, faults
 from autoflow_worker.recording import patches
 from autoflow_worker.tasks.definition import PRIORITIES
 from autoflow_worker.tasks.loader import load_tasks

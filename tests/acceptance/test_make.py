@@ -13,7 +13,7 @@ from textwrap import dedent
 
 import pytest
 
-from autoflow_worker.local.demo.run import example_tasks
+from autoflow_worker.local.demo import example_tasks
 from tests.support.process import WorkerStarter
 from tests.support.until import until
 

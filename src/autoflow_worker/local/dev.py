@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -22,12 +23,9 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"dev needs {error.name or error}") from None
 
-#: WORKER_SHUTDOWN_GRACE if it is not set: the seconds that running jobs have before a reload.
-RELOAD_GRACE = "2"
-#: Seconds past the grace after which a worker that has not ended is killed.
-KILL_AFTER = 3.0
-#: Seconds by which the worker may notice its first signal late.
-SIGNAL_LATENCY = 0.5
+RELOAD_GRACE = "2"  # WORKER_SHUTDOWN_GRACE if it is not set
+KILL_AFTER = 3.0  # seconds past the grace after which a worker that has not ended is killed
+SIGNAL_LATENCY = 0.5  # seconds by which the worker may notice its first signal late
 _WATCHED = PythonFilter(extra_extensions=(".env", ".env.local", ".env.development"))
 
 
@@ -58,8 +56,7 @@ def run_dev(*, tasks: str | None = None, queues: str | None = None) -> int:
     configure_logging("error")  # Each worker configures its own logs.
     with _servers() as urls:
         _introduce(urls, tasks)
-        supervisor = _Supervisor(command, {**inherited, **urls}, settings.worker_shutdown_grace)
-        return asyncio.run(supervisor.run())
+        return asyncio.run(_run(command, {**inherited, **urls}, settings.worker_shutdown_grace))
 
 
 def stop_when_stdin_closes() -> None:
@@ -101,85 +98,67 @@ def _introduce(urls: Mapping[str, str], tasks: str | None) -> None:
         sys.stderr.write(f"       {line}\n")
 
 
-class _Supervisor:
-    """Runs one worker process at a time, and replaces it when its source changes."""
+async def _run(command: Sequence[str], env: Mapping[str, str], grace: float) -> int:
+    """Run until a signal; return the last worker's exit code, 1 if it had to be killed."""
+    root = Path.cwd()
+    with stop_on_signals() as (stop, abort):
+        changes = awatch(root, watch_filter=_WATCHED, stop_event=stop)
+        while True:
+            worker = await asyncio.create_subprocess_exec(
+                *command,
+                env=env,
+                # Nothing is written to it. Its end tells the worker that this process is gone.
+                stdin=asyncio.subprocess.PIPE,
+                # The terminal's Ctrl-C does not reach another process group. The worker would take
+                # that signal and the one of `_end` as two, and hand running jobs back at once.
+                process_group=0,
+            )
+            changed = await _until_change(worker, changes, stop)
+            code = await _end(worker, abort, grace + KILL_AFTER)
+            if not changed:
+                return code if code >= 0 else WorkerError.exit_code
+            names = sorted(path.removeprefix(f"{root}/") for path in changed)
+            _say(f"{', '.join(names)} changed: restarting")
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], grace: float) -> None:
-        self._command = command
-        self._env = env
-        self._kill_after = grace + KILL_AFTER
-        self._root = Path.cwd()
 
-    async def run(self) -> int:
-        """Run until a signal; return the last worker's exit code, 1 if it had to be killed."""
-        with stop_on_signals() as (stop, abort):
-            changes = awatch(self._root, watch_filter=_WATCHED, stop_event=stop)
-            while True:
-                worker = await self._start()
-                changed = await self._until_change(worker, changes, stop)
-                code = await self._end(worker, abort)
-                if not changed:
-                    return code if code >= 0 else WorkerError.exit_code
-                _say(f"{', '.join(changed)} changed: restarting")
+async def _until_change(
+    worker: asyncio.subprocess.Process,
+    changes: AsyncIterator[set[tuple[Change, str]]],
+    stop: asyncio.Event,
+) -> set[str]:
+    """Wait for a change, and return the files that changed; none after a signal to stop."""
+    ended = asyncio.create_task(worker.wait())
+    change = asyncio.ensure_future(anext(changes, None))
+    await asyncio.wait({ended, change}, return_when=asyncio.FIRST_COMPLETED)
+    if ended.done() and not stop.is_set() and not change.done():
+        _say(f"the worker ended with exit code {ended.result()}; waiting for a change")
+    # A signal to stop ends the iterator, and so this wait.
+    found = await change
+    ended.cancel()
+    return {path for _, path in found or ()}
 
-    async def _start(self) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            *self._command,
-            env=self._env,
-            # Nothing is written to it. Its end tells the worker that this process is gone.
-            stdin=asyncio.subprocess.PIPE,
-            # The terminal's Ctrl-C does not reach another process group. The worker would take
-            # that signal and the one of `_end` as two, and hand running jobs back at once.
-            process_group=0,
-        )
 
-    async def _until_change(
-        self,
-        worker: asyncio.subprocess.Process,
-        changes: AsyncIterator[set[tuple[Change, str]]],
-        stop: asyncio.Event,
-    ) -> list[str]:
-        """Wait for a change, and return the files that changed; none after a signal to stop."""
-        ended = asyncio.create_task(worker.wait())
-        change = asyncio.ensure_future(anext(changes, None))
-        await asyncio.wait({ended, change}, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done() and not stop.is_set() and not change.done():
-            _say(f"the worker ended with exit code {ended.result()}; waiting for a change")
-        # A signal to stop ends the iterator, and so this wait.
-        found = await change
-        ended.cancel()
-        return sorted({_short(path, self._root) for _, path in found or ()})
-
-    async def _end(self, worker: asyncio.subprocess.Process, abort: asyncio.Event) -> int:
-        """Stop the worker, pass a second signal on, and kill it at the deadline."""
-        ended = asyncio.create_task(worker.wait())
-        aborted = asyncio.create_task(abort.wait())
-        told_at = asyncio.get_running_loop().time()
-        _signal(worker)
+async def _end(worker: asyncio.subprocess.Process, abort: asyncio.Event, kill_after: float) -> int:
+    """Stop the worker, pass a second signal on, and kill it at the deadline."""
+    ended = asyncio.create_task(worker.wait())
+    aborted = asyncio.create_task(abort.wait())
+    with suppress(ProcessLookupError):
+        worker.terminate()
+        told_at = time.monotonic()
         await asyncio.wait(
-            {ended, aborted}, timeout=self._kill_after, return_when=asyncio.FIRST_COMPLETED
+            {ended, aborted}, timeout=kill_after, return_when=asyncio.FIRST_COMPLETED
         )
         if aborted.done() and not ended.done():
             # The worker counts a signal that follows sooner as the first one repeated.
             again_at = told_at + SAME_WITHIN + SIGNAL_LATENCY
-            await asyncio.wait({ended}, timeout=again_at - asyncio.get_running_loop().time())
-            _signal(worker)
+            await asyncio.wait({ended}, timeout=again_at - time.monotonic())
+            worker.terminate()
             await asyncio.wait({ended}, timeout=KILL_AFTER)
         if not ended.done():
             _say("the worker does not end: killing it")
-            with suppress(ProcessLookupError):
-                worker.kill()
-        aborted.cancel()
-        return await ended
-
-
-def _short(path: str, root: Path) -> str:
-    return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else path
-
-
-def _signal(worker: asyncio.subprocess.Process) -> None:
-    with suppress(ProcessLookupError):
-        worker.terminate()
+            worker.kill()
+    aborted.cancel()
+    return await ended
 
 
 def _say(message: str) -> None:

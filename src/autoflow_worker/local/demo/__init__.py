@@ -1,4 +1,0 @@
-"""The `demo` command.
-
-Start at `run`; `kinds` lists the jobs and what each has to end as.
-"""
