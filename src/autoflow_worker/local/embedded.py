@@ -41,10 +41,7 @@ rm -rf "$1"
 """
 
 # Small WAL segments make a small copy. The data need not survive a crash of the machine.
-_INITDB_OPTIONS = (
-    *("--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"),
-    *("--wal-segsize=4", "--no-sync"),
-)
+_INITDB = "--username=postgres --auth=trust --encoding=UTF8 --locale=C --wal-segsize=4 --no-sync"
 _CREATE_DATABASE = "CREATE DATABASE autoflow STRATEGY file_copy\n"
 _POSTGRES_SETTINGS = (
     "listen_addresses=127.0.0.1",
@@ -283,7 +280,7 @@ class EmbeddedPostgres(EmbeddedServer):
         """Make the data directory, from the cache or by initdb."""
         # `initdb` contains its version.
         made_by = (self._programs / "initdb").read_bytes()
-        made_by += repr((_INITDB_OPTIONS, _CREATE_DATABASE)).encode()
+        made_by += f"{_INITDB} {_CREATE_DATABASE}".encode()
         # Not in /tmp, from which systems delete single old files.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
         template = cache / f"autoflow-worker/postgres-{hashlib.sha256(made_by).hexdigest()[:16]}"
@@ -295,7 +292,7 @@ class EmbeddedPostgres(EmbeddedServer):
             shutil.rmtree(self._data, ignore_errors=True)
             self._data.mkdir()
             self._give_data_to_user()
-            self._run("initdb", *_INITDB_OPTIONS)
+            self._run("initdb", *_INITDB.split())
             # In single-user mode, the server reads statements from stdin.
             self._run("postgres", "--single", "postgres", stdin=_CREATE_DATABASE)
             # Without a home directory, or on a full disk, the next start just takes longer.
