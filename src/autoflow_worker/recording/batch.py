@@ -12,7 +12,8 @@ import psycopg
 import structlog
 
 from autoflow_worker.errors import PartDiedError
-from autoflow_worker.recording.faults import Blame, UnencodableError, blame, reason_of
+from autoflow_worker.outage import Silence
+from autoflow_worker.recording.faults import Blame, blame, reason_of
 from autoflow_worker.recording.pool import Checkout
 from autoflow_worker.recording.statements import (
     INSERT,
@@ -28,34 +29,34 @@ from autoflow_worker.recording.write import NewRow, Verdict, Write
 
 log = structlog.get_logger(__name__)
 
+# Writes in a row that this code may break over; then the code is to blame, and the lane ends.
 MAX_SUSPECTS: Final = 5
-"""Writes in a row that this code may break over; then the code is to blame, and the lane ends."""
-
 _LEFT_ROW: Final = "PostgreSQL leaves the row as it is: a trigger or a policy"
 _NO_NEW_ROW: Final = "PostgreSQL makes no row: a trigger or a policy"
 
 
-class Listener(Protocol):
-    """What a batch needs of the recorder, which is told what becomes of each write."""
+class Source(Protocol):
+    """What writers need of the recorder: it gives batches, and is told what becomes of them."""
 
+    silence: Silence
+
+    def take(self, at_least: int) -> list[Write]: ...
     def postpone(self, write: Write) -> None: ...
     def note_refusal(self, write: Write, why: Exception | str) -> None: ...
     def note_written(self, writes: Sequence[Write]) -> None: ...
+    def note_rest(self, *, has_written: bool) -> None: ...
+    def note_outage(self, error: Exception) -> None: ...
 
 
 class BatchWriter:
     """Writes batches over one connection.
 
-    Args:
-        listener: is told what becomes of each write.
-        checkout: the connection.
-
     Attributes:
         batch: the writes that are being written; a write that is put off leaves it.
     """
 
-    def __init__(self, listener: Listener, checkout: Checkout) -> None:
-        self._listener = listener
+    def __init__(self, source: Source, checkout: Checkout) -> None:
+        self._source = source
         self._checkout = checkout
         self.batch: list[Write] = []
         self._suspects: set[tuple[str, object]] = set()
@@ -96,15 +97,20 @@ class BatchWriter:
             writes = await self._without_locked(writes)
             if not writes:
                 return
-        if new := [write for write in writes if write.new_row is not None]:
-            await self._insert(new)
+        new = [
+            {"id": write.row_id, "data": orjson.Fragment(write.new_row.text)}
+            for write in writes
+            if write.new_row is not None
+        ]
+        if new:
+            await (await self._checkout.link()).execute(INSERT, _as_json(new))
         left = await self._update(writes)
         written = [w for w in writes if w.row_id not in left] if left else writes
         for write in written:
             write.settle(Verdict.WRITTEN)
         if written:
             self._suspects.clear()
-        self._listener.note_written(written)
+        self._source.note_written(written)
         if left:
             await self._explain([*left.values()])
 
@@ -114,27 +120,10 @@ class BatchWriter:
             middle = len(writes) // 2
             await self.write(writes[:middle])
             await self.write(writes[middle:])
+        elif writes and blame(error) is Blame.CONTENT and not writes[0].is_smallest:
+            await self._write_smallest(writes[0], error)
         elif writes:
-            await self._write_alone(writes[0], error)
-
-    async def _write_alone(self, write: Write, error: Exception) -> None:
-        whose = blame(error)
-        if whose is Blame.CONTENT and not write.is_smallest:
-            await self._write_smallest(write, error)
-            return
-        if whose is Blame.CODE:
-            self._suspect(write, error)
-        self._refuse(write, error)
-
-    def _suspect(self, write: Write, error: Exception) -> None:
-        """Note that this code broke over a write. It is the write's fault while others succeed.
-
-        Raises:
-            PartDiedError: this code broke over `MAX_SUSPECTS` writes in a row.
-        """
-        self._suspects.add((write.row_id, write.patch.get("status")))
-        if len(self._suspects) >= MAX_SUSPECTS:
-            raise PartDiedError(f"no row can be written: {reason_of(error)}") from error
+            self._refuse(writes[0], error)
 
     async def _without_locked(self, writes: Sequence[Write]) -> list[Write]:
         """Put off the writes whose rows another session has locked, and return the others."""
@@ -149,19 +138,28 @@ class BatchWriter:
         return [write for write in writes if write.row_id not in locked]
 
     def _refuse(self, write: Write, why: Exception | str) -> None:
-        self._listener.note_refusal(write, why)
+        """Put off a write. If this code broke over it, that is its fault while others succeed.
+
+        Raises:
+            PartDiedError: this code broke over `MAX_SUSPECTS` writes in a row.
+        """
+        if isinstance(why, Exception) and blame(why) is Blame.CODE:
+            self._suspects.add((write.row_id, write.patch.get("status")))
+            if len(self._suspects) >= MAX_SUSPECTS:
+                raise PartDiedError(f"no row can be written: {reason_of(why)}") from why
+        self._source.note_refusal(write, why)
         self._put_off(write)
 
     def _put_off(self, write: Write) -> None:
         self.batch.remove(write)
-        self._listener.postpone(write)
+        self._source.postpone(write)
 
     async def _update(self, writes: Sequence[Write]) -> dict[str, Write]:
         """Send the UPDATE, and return the writes that their rows did not take, by row id."""
         relaxed = all(write.is_start for write in writes)
         if len(writes) == 1:
             statement = UPDATE_ONE_RELAXED if relaxed else UPDATE_ONE
-            parameters = _encoded(writes[0])
+            parameters = writes[0].as_parameters()
         else:
             statement = UPDATE_MANY_RELAXED if relaxed else UPDATE_MANY
             parameters = [_as_json([write.as_json() for write in writes])]
@@ -178,7 +176,6 @@ class BatchWriter:
         try:
             write.text = orjson.dumps(_smallest_patch(write.patch)).decode()
         except Exception as broken:
-            self._suspect(write, broken)
             self._refuse(write, broken)
             return
         write.is_smallest = True
@@ -210,16 +207,6 @@ class BatchWriter:
             else:
                 self._refuse(write, _NO_NEW_ROW if row is None else _LEFT_ROW)
         await self.write(again)
-
-    async def _insert(self, writes: Sequence[Write]) -> None:
-        """Insert the rows that are missing; the UPDATE follows."""
-        rows = [
-            {"id": write.row_id, "data": orjson.Fragment(write.new_row.text)}
-            for write in writes
-            if write.new_row is not None
-        ]
-        link = await self._checkout.link()
-        await link.execute(INSERT, _as_json(rows))
 
 
 def _unsettled(writes: Iterable[Write]) -> list[Write]:
@@ -254,14 +241,7 @@ def _as_json(rows: Sequence[object]) -> bytes:
     try:
         return orjson.dumps(rows)
     except TypeError as error:  # which is how orjson refuses what it can't encode
-        raise UnencodableError(str(error)) from error
-
-
-def _encoded(write: Write) -> list[bytes | None]:
-    try:
-        return write.as_parameters()
-    except UnicodeEncodeError as error:
-        raise UnencodableError(str(error)) from error
+        raise UnicodeError(str(error)) from error
 
 
 def _smallest_patch(patch: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,10 +49,6 @@ def may_be_for_good(error: BaseException) -> bool:
     )
 
 
-class UnencodableError(ValueError):
-    """A text can't be encoded as UTF-8, such as half a surrogate pair."""
-
-
 class Blame(enum.Enum):
     """Whose fault it is that a statement failed."""
 
@@ -72,7 +68,7 @@ _ROW_CODES: Final = frozenset({"42501", "57014"})
 
 def blame(error: Exception) -> Blame:
     """Return whose fault an error is that was raised while a batch was written."""
-    if isinstance(error, UnencodableError | UnicodeError):
+    if isinstance(error, UnicodeError):  # half a surrogate pair
         return Blame.CONTENT
     if isinstance(error, psycopg.Error):
         code = error.sqlstate or ""
@@ -95,7 +91,7 @@ def reason_of(error: Exception) -> str:
         reason = error.diag.message_primary or str(error)
         if (error.sqlstate or "").startswith("22"):
             reason = reason.partition(': "')[0]  # what follows is the value
-    elif isinstance(error, UnencodableError):
+    elif isinstance(error, UnicodeError):
         reason = str(error)
     else:
         reason = f"{type(error).__name__}: {error}"

@@ -1,49 +1,32 @@
 """A task that writes the recorder's batches over one connection, one after the other."""
 
 import asyncio
-from typing import Final, Protocol
+from typing import Final
 
 import psycopg
 
-from autoflow_worker.outage import Silence
 from autoflow_worker.pauses import Pauses
-from autoflow_worker.recording.batch import BatchWriter, Listener
+from autoflow_worker.recording.batch import BatchWriter, Source
 from autoflow_worker.recording.faults import CONFLICTS
 from autoflow_worker.recording.pool import Checkout, Pool
 from autoflow_worker.recording.write import Write
 
-MAX_BATCH: Final = 500
-"""Patches in one statement, at most."""
+MAX_BATCH: Final = 500  # patches in one statement
 
+# Patches that have to wait for a further connection to be used; fewer are cheaper in one batch.
 LARGE_BATCH: Final = 100
-"""Patches that have to wait for a further connection to be used; fewer are cheaper in one batch."""
 
+# Seconds after which a batch counts as slow; then another lane takes the writes that wait.
 SLOW_BATCH: Final = 0.02
-"""Seconds after which a batch counts as slow; then another lane takes the writes that wait."""
 
-RETRY_PAUSE: Final = 0.02
-"""Seconds before the first retry of a failed batch; doubled from there."""
-
+RETRY_PAUSE: Final = 0.02  # seconds before the first retry of a failed batch; doubled from there
 RETRY_PAUSE_MAX: Final = 2.0
-"""Seconds between two retries, at most."""
-
-
-class Source(Listener, Protocol):
-    """What a lane needs of the recorder, where its batches come from."""
-
-    silence: Silence
-
-    def take(self, at_least: int) -> list[Write]: ...
-    def note_rest(self, *, has_written: bool) -> None: ...
-    def note_outage(self, error: Exception) -> None: ...
 
 
 class Lane:
     """A task that writes batches over one connection.
 
     Args:
-        source: where the batches come from.
-        pool: where the connection comes from.
         index: 0 is the first lane, which takes whatever waits; further lanes help.
 
     Attributes:

@@ -3,8 +3,8 @@
 import asyncio
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import orjson
 
@@ -38,15 +38,13 @@ class NewRow:
     smallest: str
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Write:
     """One patch on its way into one row.
 
     Attributes:
-        ready: the first verdict. A start that was waited for long enough is LATE. An outcome that
-            PostgreSQL does not take is PUT_OFF. Any other verdict is the last one.
-        settled: the next verdict, the same future as `ready` until that is done. A start that is
-            LATE may become PUT_OFF once; the verdict after that is the last one.
-        unfinished: whether a row that tells the job's end is left alone.
+        text: the patch as JSON.
+        since: as in `statements`, like `fence` and `unfinished`.
         new_row: the row to make if there is none; may be given later, too.
         times_put_off: how often PostgreSQL did not take it. A write that was put off is in a batch
             of its own, so that it delays no others.
@@ -54,58 +52,34 @@ class Write:
         is_withdrawn: it is given up as soon as no statement holds it.
         puzzled: its row did not take it once, and shows no reason.
         is_smallest: its texts are left out already.
+        ready: the first verdict. A start that was waited for long enough is LATE. An outcome that
+            PostgreSQL does not take is PUT_OFF. Any other verdict is the last one.
+        settled: the next verdict, the same future as `ready` until that is done. A start that is
+            LATE may become PUT_OFF once; the verdict after that is the last one.
     """
 
-    __slots__ = (
-        "created_at",
-        "fence",
-        "is_put_off",
-        "is_smallest",
-        "is_start",
-        "is_withdrawn",
-        "new_row",
-        "patch",
-        "puzzled",
-        "queue",
-        "ready",
-        "row_id",
-        "settled",
-        "since",
-        "text",
-        "times_put_off",
-        "unfinished",
-    )
+    row_id: str
+    queue: str
+    patch: Mapping[str, Any]
+    text: str
+    _: KW_ONLY
+    since: str | None = None
+    fence: str | None = None
+    unfinished: bool = False
+    new_row: NewRow | None = None
+    times_put_off: int = 0
+    is_put_off: bool = False
+    is_withdrawn: bool = False
+    puzzled: bool = False
+    is_smallest: bool = False
+    created_at: float = field(init=False)
+    ready: asyncio.Future[Verdict] = field(init=False)
+    settled: asyncio.Future[Verdict] = field(init=False)
 
-    def __init__(
-        self,
-        row_id: str,
-        queue: str,
-        patch: Mapping[str, Any],
-        text: str,
-        *,
-        since: str | None = None,
-        fence: str | None = None,
-        unfinished: bool = False,
-        new_row: NewRow | None = None,
-    ) -> None:
+    def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
-        self.row_id = row_id
-        self.queue = queue
-        self.patch = patch
-        self.text = text
-        self.since = since
-        self.fence = fence
-        self.unfinished = unfinished
-        self.new_row = new_row
-        self.is_start = patch.get("status") == "active"
-        self.times_put_off = 0
-        self.is_put_off = False
-        self.is_withdrawn = False
-        self.puzzled = False
-        self.is_smallest = False
         self.created_at = loop.time()
-        self.ready: asyncio.Future[Verdict] = loop.create_future()
-        self.settled = self.ready
+        self.ready = self.settled = loop.create_future()
 
     def settle(self, verdict: Verdict) -> None:
         """Set the last verdict."""
@@ -127,6 +101,10 @@ class Write:
         self.times_put_off += 1
         if self.times_put_off == 1 and (self.ready.done() or not self.is_start):
             self.release(Verdict.PUT_OFF)
+
+    @property
+    def is_start(self) -> bool:
+        return self.patch.get("status") == "active"
 
     @property
     def settles(self) -> bool:
@@ -156,15 +134,3 @@ class Write:
         unfinished = "true" if self.unfinished else None
         texts = (self.row_id, self.queue, self.text, self.since, self.fence, settles, unfinished)
         return [None if text is None else text.encode() for text in texts]
-
-
-class Recorder(Protocol):
-    """What a TaskWorker needs of the status recorder."""
-
-    def submit(self, write: Write) -> Write:
-        """Put a write on its way; the caller awaits its `ready` or `settled`."""
-        ...
-
-    def withdraw(self, write: Write) -> None:
-        """Give up a write that was put off; its `settled` says whether it was written first."""
-        ...

@@ -9,7 +9,8 @@ import structlog
 from autoflow_worker.broker.claim import Claim
 from autoflow_worker.clock import now_ms
 from autoflow_worker.recording import patches
-from autoflow_worker.recording.write import NewRow, Recorder, Verdict, Write
+from autoflow_worker.recording.recorder import StatusRecorder
+from autoflow_worker.recording.write import NewRow, Verdict, Write
 from autoflow_worker.worker.held_outcomes import HeldOutcomes
 
 log = structlog.get_logger(__name__)
@@ -69,7 +70,7 @@ class JobHistory:
 
     def __init__(
         self,
-        recorder: Recorder,
+        recorder: StatusRecorder,
         queue: Locks,
         claim: Claim,
         held: HeldOutcomes,

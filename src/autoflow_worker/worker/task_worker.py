@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from autoflow_worker.broker.claim import Claim, LockLostError
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.errors import TaskBrokenError, WorkerError
-from autoflow_worker.recording.write import Recorder
+from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.tasks.definition import TaskDefinition
 from autoflow_worker.worker.acknowledge import Acknowledger
 from autoflow_worker.worker.attempt import Attempt
@@ -60,7 +60,7 @@ class TaskWorker:
         self,
         task: TaskDefinition[Any],
         queue: JobQueue,
-        recorder: Recorder,
+        recorder: StatusRecorder,
         *,
         concurrency: int,
         record_unknown_jobs: bool = True,
