@@ -12,6 +12,7 @@ REFUSED: Final = (
     psycopg.errors.InvalidAuthorizationSpecification,
     psycopg.errors.InvalidCatalogName,
 )
+CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 # libpq's errors while connecting carry no SQLSTATE, only the server's words.
 WORDS_OF_REFUSAL: Final = (
     "authentication failed",
@@ -97,14 +98,3 @@ def reason_of(error: Exception) -> str:
         reason = f"{type(error).__name__}: {error}"
     lines = dict.fromkeys(line.strip() for line in reason.splitlines())
     return mask_secrets(" ".join(filter(None, lines))) or type(error).__name__
-
-
-def facts_of(error: Exception) -> dict[str, str | None]:
-    """Return what a log line says of an error: the reason, the SQLSTATE and the constraint."""
-    facts: dict[str, str | None] = {"reason": reason_of(error)}
-    if isinstance(error, psycopg.Error):
-        facts |= {"sqlstate": error.sqlstate, "constraint": error.diag.constraint_name}
-    return facts
-
-
-CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)

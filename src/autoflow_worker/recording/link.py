@@ -16,8 +16,7 @@ from psycopg.pq.abc import PGresult
 
 from autoflow_worker.outage import SILENT_AFTER, Silence
 
-WATCH_INTERVAL: Final = 1.0
-"""Seconds between two looks at how long the server has been silent."""
+WATCH_INTERVAL: Final = 1.0  # seconds between two looks at how long the server has been silent
 
 
 class Rows:
@@ -39,12 +38,12 @@ class PostgresLink:
     """Executes statements, one at a time.
 
     Args:
-        connection: psycopg's, open, in autocommit mode, of encoding UTF-8; closed with the link.
+        connection: open, in autocommit mode, of encoding UTF-8; closed with the link.
         silence: is told when the server hangs.
     """
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], silence: Silence) -> None:
-        self._connection = connection
+        self.connection = connection
         self._silence = silence
         self._watchdog: asyncio.TimerHandle | None = None
         self._watch_at = 0.0
@@ -172,7 +171,7 @@ class PostgresLink:
         """Close the connection. May be called twice."""
         self._ignore_socket()
         self._lost = psycopg.OperationalError("the connection is closed")
-        await self._connection.close()
+        await self.connection.close()
 
 
 def _text(value: bytes | None) -> str | None:

@@ -15,11 +15,8 @@ from autoflow_worker.recording.pool import Pool
 PATIENCE: Final = 5.0
 """Seconds for which a server that went away is tried again, in each step of scheduling."""
 
-RETRY_PAUSE: Final = 0.05
-"""Seconds before the second try; doubled from there."""
-
+RETRY_PAUSE: Final = 0.05  # seconds before the second try; doubled from there
 RETRY_PAUSE_MAX: Final = 2.0
-"""Seconds between two tries, at most."""
 
 # Each of these may be run twice: a statement whose reply got lost is simply sent again.
 _INSERT: Final = """
@@ -38,20 +35,13 @@ class NewRows:
 
     Each method raises `DatabaseUnavailableError` if PostgreSQL is away for `PATIENCE` seconds, and
     `DatabaseUnfitError` if it refuses what is asked.
-
-    Args:
-        url: libpq's connection URL.
     """
 
     def __init__(self, url: str) -> None:
         self._pool = Pool(url, 1)
 
     async def open(self, timeout: float) -> None:
-        """Connect for the first time.
-
-        Args:
-            timeout: seconds to keep trying; a refusal is told at once.
-        """
+        """Connect for the first time, as `Pool.open` does."""
         await self._pool.open(timeout)
 
     async def close(self) -> None:
@@ -59,7 +49,6 @@ class NewRows:
         await self._pool.close()
 
     async def insert(self, row_id: str, data: Mapping[str, Any]) -> None:
-        """Insert a row."""
         await self._execute(_INSERT, row_id, patches.encode(dict(data)))
 
     async def merge(self, row_id: str, patch: Mapping[str, Any]) -> None:

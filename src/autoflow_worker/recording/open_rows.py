@@ -10,8 +10,7 @@ from autoflow_worker.encoding.failures import shorten_reason
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.pool import Connection
 
-OPEN: Final = ("pending", "active", "delayed")
-"""The statuses of rows that are not finished."""
+OPEN: Final = ("pending", "active", "delayed")  # the statuses of rows that are not finished
 
 _COMPARED: Final = """
 SELECT id, data->>'queueName', data->>'status', data->>'startedAt', data->>'attempts', xmin::text
@@ -68,7 +67,8 @@ class Task:
 class OpenRows:
     """Reads and changes rows, one statement at a time.
 
-    Each method raises `psycopg.Error` if the connection is lost.
+    Each method raises `psycopg.Error` if the connection is lost; those that take a `Row` raise
+    `RowChangedError` if it has changed, and have written nothing then.
 
     Args:
         connection: in autocommit mode; the caller closes it.
@@ -86,33 +86,15 @@ class OpenRows:
         return await self._read(_ROWS, row_ids)
 
     async def task(self, row: Row) -> Task:
-        """What the row's job was made from.
-
-        Raises:
-            RowChangedError: the row has changed.
-        """
-        cursor = await self._connection.execute(_TASK.encode(), (row.id, row.version))
-        task = await cursor.fetchone()
-        if task is None:
-            raise RowChangedError
-        return Task(*task)
+        """What the row's job was made from."""
+        return Task(*await self._fetch(_TASK, row))
 
     async def make_sure(self, row: Row) -> None:
-        """See that the row is as it was.
-
-        Raises:
-            RowChangedError: it is not.
-        """
-        cursor = await self._connection.execute(_IS_UNCHANGED.encode(), (row.id, row.version))
-        if await cursor.fetchone() is None:
-            raise RowChangedError
+        """See that the row is as it was."""
+        await self._fetch(_IS_UNCHANGED, row)
 
     async def write(self, row: Row, patch: Mapping[str, Any]) -> str | None:
-        """Merge a patch into the row; why it was refused, None if it was not.
-
-        Raises:
-            RowChangedError: the row has changed; nothing was written.
-        """
+        """Merge a patch into the row; why it was refused, None if it was not."""
         parameters = patches.encode(dict(patch)), row.id, row.version
         try:
             cursor = await self._connection.execute(_WRITE.encode(), parameters)
@@ -126,6 +108,13 @@ class OpenRows:
             await self.make_sure(row)
             return "PostgreSQL leaves the row as it is: a trigger or a policy"
         return None
+
+    async def _fetch(self, query: str, row: Row) -> tuple[Any, ...]:
+        cursor = await self._connection.execute(query.encode(), (row.id, row.version))
+        found: tuple[Any, ...] | None = await cursor.fetchone()
+        if found is None:
+            raise RowChangedError
+        return found
 
     async def _read(self, query: str, *args: object) -> list[Row]:
         cursor = await self._connection.execute(query.encode(), args)

@@ -78,12 +78,7 @@ def failed_patch(*, now_ms: float, attempt: int, error: Record) -> Record:
 
 
 def handed_back_patch() -> Record:
-    """The job was given back to its queue without using up its attempt."""
-    return {"status": "pending", **_NOT_FINISHED}
-
-
-def waiting_children_patch() -> Record:
-    """The handler had its job wait for its children."""
+    """The job was given back to its queue without using up its attempt, or waits for children."""
     return {"status": "pending", **_NOT_FINISHED}
 
 
@@ -95,12 +90,10 @@ def moved_to_delayed_patch(*, until_ms: float) -> Record:
 def success_result(output: object, duration_ms: float) -> Record:
     """Return the row's `result`, which is BullMQ's return value too.
 
-    Args:
-        output: what the handler returned, anything.
-        duration_ms: how long it took; whole milliseconds are stored, as Node does.
+    Whole milliseconds are stored, as Node does.
 
     Raises:
-        NotStorableError: the output can't be stored (`results` has the rules).
+        NotStorableError: the handler's output can't be stored (`results` has the rules).
     """
     return {"success": True, "output": storable(output), "duration": _whole(duration_ms)}
 
@@ -126,16 +119,11 @@ def error_record(failure: BaseException | str, now_ms: float) -> Record:
         failure: what the handler raised; or a reason in words, which comes without a stack trace.
         now_ms: when the attempt ended.
     """
-    last_attempt = iso(now_ms)
     if isinstance(failure, str):
-        reason = shorten_reason(failure)
-        return {"success": False, "reason": reason, "lastAttemptAt": last_attempt}
-    return {
-        "success": False,
-        "reason": reason_of(failure),
-        "stackTrace": stack_trace_of(failure),
-        "lastAttemptAt": last_attempt,
-    }
+        about = {"reason": shorten_reason(failure)}
+    else:
+        about = {"reason": reason_of(failure), "stackTrace": stack_trace_of(failure)}
+    return {"success": False, **about, "lastAttemptAt": iso(now_ms)}
 
 
 def unknown_job_row(queue: str, *, data: object, options: object, timestamp: object) -> Record:
@@ -155,7 +143,7 @@ def unknown_job_row(queue: str, *, data: object, options: object, timestamp: obj
         "queueName": name,
         "payload": _payload(data),
         "status": "pending",
-        "priority": _priority_word(options.get("priority")),
+        "priority": _PRIORITY_WORDS.get(_whole(options.get("priority")), "normal"),
         "attempts": 0,
         "maxAttempts": max(1, _whole(options.get("attempts"))),
         "enqueuedAt": iso(added),
@@ -248,10 +236,6 @@ def _payload(data: object) -> Record:
     except NotStorableError:
         return {}
     return payload if isinstance(payload, dict) else {}
-
-
-def _priority_word(priority: object) -> str:
-    return _PRIORITY_WORDS.get(_whole(priority), "normal")
 
 
 def _is_finite(value: object) -> bool:

@@ -22,11 +22,10 @@ from autoflow_worker.recording.statements import SESSION
 CONNECT_TIMEOUT: Final = 5.0
 """Seconds that one attempt to connect may take."""
 
+# Seconds for which the pool itself repeats a failed attempt, at most one second apart.
 RECONNECT_TIMEOUT: Final = 2.0
-"""Seconds for which the pool itself repeats a failed attempt, at most one second apart."""
 
-CLOSE_PATIENCE: Final = 1.0
-"""Seconds that closing the pool waits for an attempt to connect."""
+CLOSE_PATIENCE: Final = 1.0  # seconds that closing the pool waits for an attempt to connect
 
 Connection = psycopg.AsyncConnection[Any]
 
@@ -39,7 +38,6 @@ def conninfo(url: str, timeout: float = CONNECT_TIMEOUT) -> str:
     a start refuses PgBouncer's other modes before that (`pooler`).
 
     Args:
-        url: libpq's connection URL.
         timeout: seconds for one attempt to connect.
     """
     settings: dict[str, Any] = {
@@ -56,28 +54,16 @@ def conninfo(url: str, timeout: float = CONNECT_TIMEOUT) -> str:
     return make_conninfo("", **settings)
 
 
-async def connect(
-    url: str, *, timeout: float = CONNECT_TIMEOUT, autocommit: bool = True
-) -> Connection:
-    """Make a connection outside of the pool, for a command that needs one for a short while.
-
-    Raises:
-        psycopg.Error: it can't be made.
-    """
-    return await psycopg.AsyncConnection.connect(conninfo(url, timeout), autocommit=autocommit)
-
-
 class Pool:
     """The PostgreSQL connections of a process, made on demand and replaced when they break.
 
     A `psycopg_pool` only logs why it can't connect. This one tells those who wait.
 
     Args:
-        url: libpq's connection URL.
         size: connections at most.
 
     Attributes:
-        failure: why an attempt to connect failed, the last one that did; None if none did.
+        failure: why the last attempt to connect that failed did so; None if none did.
     """
 
     def __init__(self, url: str, size: int) -> None:
@@ -123,12 +109,9 @@ class Pool:
     async def open(self, timeout: float) -> None:
         """Make the first connection. May be called again after `close`.
 
-        Args:
-            timeout: seconds to keep trying.
-
         Raises:
-            DatabaseUnavailableError: PostgreSQL can't be reached in time, or refuses the user, the
-                password or the database's name.
+            DatabaseUnavailableError: PostgreSQL can't be reached in `timeout` seconds, or refuses
+                the user, the password or the database's name.
         """
         self._pool = self._new()  # psycopg's own can't be opened again
         await self._pool.open()
@@ -147,13 +130,12 @@ class Pool:
     async def _reach(self) -> None:
         while True:
             try:
-                await self.put_back(await self.take())
+                async with self.connection():
+                    return
             except psycopg.Error as error:
                 if is_refusal(error):
                     reason = f"PostgreSQL refuses the connection: {reason_of(error)}"
                     raise DatabaseUnavailableError(reason) from None
-            else:
-                return
 
     async def close(self) -> None:
         """Disconnect. May be called twice; connections that are out close when they come back."""
@@ -184,11 +166,7 @@ class Pool:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        """Check a connection out for the length of the block.
-
-        Raises:
-            psycopg.Error: an attempt to connect failed.
-        """
+        """Check a connection out for the length of the block; raises as `take`."""
         connection = await self.take()
         try:
             yield connection
@@ -197,17 +175,11 @@ class Pool:
 
 
 class Checkout:
-    """A connection that is checked out once, and kept behind a link until it breaks.
-
-    Args:
-        pool: where the connection comes from.
-        silence: is told when the server hangs.
-    """
+    """A connection that is checked out once, and kept behind a link until it breaks."""
 
     def __init__(self, pool: Pool, silence: Silence) -> None:
         self._pool = pool
         self._silence = silence
-        self._connection: Connection | None = None
         self._link: PostgresLink | None = None
 
     async def link(self) -> PostgresLink:
@@ -217,26 +189,27 @@ class Checkout:
             psycopg.Error: an attempt to connect failed.
         """
         if self._link is None:
-            self._connection = await self._pool.take()
-            self._link = PostgresLink(self._connection, self._silence)
+            connection = await self._pool.take()
             try:
+                self._link = PostgresLink(connection, self._silence)
                 # Not by psycopg: cancelled at a server that hangs, psycopg would ask the server for
                 # seconds to stop.
                 await self._link.execute(SESSION)
             except Exception:
-                await self.replace()
+                await self.close()
+                await self._pool.put_back(connection)
                 raise
         return self._link
 
     async def replace(self) -> None:
         """Close the connection, and let the pool make another."""
-        connection = self._connection
+        link = self._link
         await self.close()
-        if connection is not None:
-            await self._pool.put_back(connection)
+        if link is not None:
+            await self._pool.put_back(link.connection)
 
     async def close(self) -> None:
         """Close the connection, for good. May be called twice."""
-        link, self._link, self._connection = self._link, None, None
+        link, self._link = self._link, None
         if link is not None:
             await link.close()

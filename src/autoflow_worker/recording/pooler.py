@@ -13,15 +13,13 @@ from typing import Final
 
 import psycopg
 
-from autoflow_worker.recording.pool import Connection, connect
+from autoflow_worker.recording.pool import Connection, conninfo
 
+# How often two connections are compared; once is enough, unless other clients use the pooler.
 ROUNDS: Final = 5
-"""How often two connections are compared; once is enough, unless other clients use the pooler."""
 
+# Seconds for a second connection, which waits for ever if the pooler has a single session.
 SECOND_PATIENCE: Final = 2.0
-"""Seconds for a second connection, which waits for ever if the pooler has a single session."""
-
-_PID: Final = "SELECT pg_backend_pid()"
 
 
 async def shares_sessions(first: Connection, url: str) -> bool:
@@ -38,7 +36,7 @@ async def shares_sessions(first: Connection, url: str) -> bool:
         return False  # The number is PostgreSQL's own, so there is no pooler.
     try:
         async with asyncio.timeout(SECOND_PATIENCE):
-            second = await connect(url)
+            second = await psycopg.AsyncConnection.connect(conninfo(url), autocommit=True)
     except TimeoutError:
         return False  # It waits for the session that the first connection holds.
     hung_up = False
@@ -75,12 +73,13 @@ async def _are_dealt_out(first: Connection, second: Connection) -> bool:
 
 
 def _shut(connection: Connection) -> None:
-    with suppress(OSError, psycopg.Error):
-        duplicate = socket.socket(fileno=os.dup(connection.pgconn.socket))
-        with duplicate:
-            duplicate.shutdown(socket.SHUT_RDWR)
+    with (
+        suppress(OSError, psycopg.Error),
+        socket.socket(fileno=os.dup(connection.pgconn.socket)) as duplicate,
+    ):
+        duplicate.shutdown(socket.SHUT_RDWR)
 
 
 async def _session(connection: Connection) -> int:
-    row = await (await connection.execute(_PID)).fetchone()
+    row = await (await connection.execute("SELECT pg_backend_pid()")).fetchone()
     return int(row[0]) if row else 0

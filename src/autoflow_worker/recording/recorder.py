@@ -12,37 +12,37 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
+import psycopg
 import structlog
 
 from autoflow_worker.errors import PartDiedError
 from autoflow_worker.outage import Reasons, Refusals, Silence
-from autoflow_worker.recording.faults import may_be_for_good, reason_of
+from autoflow_worker.recording.faults import Blame, blame, may_be_for_good, reason_of
 from autoflow_worker.recording.lane import LARGE_BATCH, MAX_BATCH, SLOW_BATCH, Lane
 from autoflow_worker.recording.pool import Pool
-from autoflow_worker.recording.refused_rows import RefusedRows
 from autoflow_worker.recording.write import Verdict, Write
 
 log = structlog.get_logger(__name__)
 
+# Characters of patches in one statement, at most; a larger patch gets a statement of its own.
 MAX_BATCH_SIZE: Final = 1_000_000
-"""Characters of patches in one statement, at most; a larger patch gets a statement of its own."""
 
+# Seconds that a handler waits for its row to say `active`; then it starts and the row follows.
 START_PATIENCE: Final = 5.0
-"""Seconds that a handler waits for its row to say `active`; then it starts and the row follows."""
 
+# Seconds until a write that was put off is tried again; doubled at each further try.
 POSTPONED_PAUSE: Final = 0.5
-"""Seconds until a write that was put off is tried again; doubled at each further try."""
-
 POSTPONED_PAUSE_MAX: Final = 4.0
-"""Seconds between two such tries, at most."""
+
+# Rows that are remembered as refused. The oldest makes room for one more.
+MAX_REMEMBERED: Final = 1000
 
 
 class StatusRecorder:
     """Writes patches into the tasks table, many in one statement.
 
     Args:
-        url: libpq's connection URL.
-        max_connections: connections at most. The first is enough until `LARGE_BATCH` patches wait,
+        max_connections: The first is enough until `LARGE_BATCH` patches wait,
             or a batch takes longer than `SLOW_BATCH`.
 
     Attributes:
@@ -68,14 +68,7 @@ class StatusRecorder:
         self._closed = False
 
     async def open(self, timeout: float) -> None:
-        """Connect for the first time.
-
-        Args:
-            timeout: seconds to keep trying.
-
-        Raises:
-            DatabaseUnavailableError: not reached in time, a wrong password, or no such database.
-        """
+        """Connect for the first time; raises as `Pool.open`."""
         await self.pool.open(timeout)
         for lane in self._lanes:
             lane.start()
@@ -275,3 +268,49 @@ class StatusRecorder:
             self._reasons.forget()
             log.warning("postgresql_back", after_s=round(away, 1), writes=len(self._waiting))
             self.wake_lanes()  # During the outage the lanes did not help each other.
+
+
+class RefusedRows:
+    """Logs each row that PostgreSQL refuses: once for all tries, and once when it is written."""
+
+    def __init__(self) -> None:
+        # Since when, by row and by the status of the patch: PostgreSQL may take a start and refuse
+        # the outcome.
+        self._rows: dict[str, dict[object, float]] = {}
+
+    def note(self, write: Write, why: Exception | str) -> None:
+        """Log that a row was refused, unless that is known.
+
+        Args:
+            why: the error, whose DETAIL is left out, as it lists all columns of the row; or words.
+        """
+        known = self._rows.get(write.row_id)
+        if known is None:
+            if len(self._rows) >= MAX_REMEMBERED:
+                del self._rows[next(iter(self._rows))]
+            known = self._rows[write.row_id] = {}
+            log.error("row_refused", row=write.row_id, **_facts_of(why))
+        known.setdefault(write.patch.get("status"), asyncio.get_running_loop().time())
+
+    def note_written(self, writes: Sequence[Write]) -> None:
+        """Log which of these rows had been refused before."""
+        if not self._rows:
+            return
+        for write in writes:
+            known = self._rows.get(write.row_id, {})
+            since = known.pop(write.patch.get("status"), None)
+            if since is not None and not known:
+                del self._rows[write.row_id]
+                refused_s = asyncio.get_running_loop().time() - since
+                log.warning("row_written_at_last", row=write.row_id, after_s=round(refused_s, 1))
+
+
+def _facts_of(why: Exception | str) -> dict[str, object]:
+    if isinstance(why, str):
+        return {"reason": why}
+    facts: dict[str, object] = {"reason": reason_of(why)}
+    if isinstance(why, psycopg.Error):
+        facts |= {"sqlstate": why.sqlstate, "constraint": why.diag.constraint_name}
+    elif blame(why) is Blame.CODE:
+        facts["exc_info"] = why
+    return facts

@@ -4,30 +4,33 @@ Each function makes a connection of its own, before or instead of a running work
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import json
+import secrets
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
 
 import psycopg
 from psycopg.rows import TupleRow
 
+from autoflow_worker.clock import now_ms
 from autoflow_worker.errors import (
     DatabaseRefusedError,
     DatabaseUnavailableError,
     DatabaseUnfitError,
 )
-from autoflow_worker.recording.faults import is_refusal, reason_of
-from autoflow_worker.recording.pool import CONNECT_TIMEOUT, Connection, connect
+from autoflow_worker.recording import patches
+from autoflow_worker.recording.faults import CONFLICTS, is_refusal, reason_of
+from autoflow_worker.recording.pool import CONNECT_TIMEOUT, Connection, conninfo
 from autoflow_worker.recording.pooler import shares_sessions
-from autoflow_worker.recording.row_probe import fault_of_writing
+from autoflow_worker.recording.statements import INSERT, LOCKED, LOOK, UPDATE_MANY
 
-#: The recorder uses MATERIALIZED, which PostgreSQL has since version 12.
-MIN_SERVER_VERSION = 120_000
+MIN_SERVER_VERSION = 120_000  # the recorder uses MATERIALIZED, which version 12 brought
 
-#: The queue of the row that is written and undone, if there is no task list.
 PROBED_QUEUE = "autoflow-probe"
+"""The queue of the row that is written and undone, if there is no task list."""
 
-#: The columns that the API creates (contract, section 2), and what else does as well.
+# The columns that the API creates (contract, section 2), and what else does as well.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("text", "character varying"),
     "data": ("jsonb",),
@@ -39,6 +42,10 @@ _POOLER = (
     "transaction or statement mode): DATABASE_URL must name a pool in session mode, or PostgreSQL"
 )
 _WAY_OUT = "run the API's migrations, or `autoflow-worker init-db`"
+
+_LEFT = "PostgreSQL leaves {what} out without an error: a trigger or a row-level policy"
+# A time limit, or a conflict of two transactions.
+_MAY_PASS = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, *CONFLICTS)
 
 _DESCRIBE = """
 SELECT current_setting('server_version'), current_setting('server_version_num')::int,
@@ -89,7 +96,6 @@ async def inspect_tasks_table(
     """Check that a worker can keep its statuses there, and return the server's version.
 
     Args:
-        url: libpq's connection URL.
         queue: whose row is written, and undone.
         new_rows: whether the worker inserts rows, too (RECORD_UNKNOWN_JOBS).
         patience: seconds to wait for the connection, and for a lock; four times as long for all.
@@ -111,7 +117,7 @@ async def inspect_tasks_table(
                     raise DatabaseUnfitError("PostgreSQL did not describe itself")
                 version, faults = _faults(described, types, new_rows=new_rows)
                 if not faults:
-                    fault = await fault_of_writing(
+                    fault = await _fault_of_writing(
                         connection, queue, new_rows=new_rows, patience=patience
                     )
                     faults = [fault] if fault else []
@@ -166,7 +172,9 @@ async def connection_to(
     """
     try:
         async with asyncio.timeout(patience):
-            connection = await connect(url, timeout=patience, autocommit=autocommit)
+            connection = await psycopg.AsyncConnection.connect(
+                conninfo(url, patience), autocommit=autocommit
+            )
     except TimeoutError:
         raise DatabaseUnavailableError(
             f"PostgreSQL can't be reached: it gave no answer in {patience:g} s"
@@ -183,3 +191,86 @@ async def connection_to(
         raise DatabaseUnavailableError(f"PostgreSQL went away: {reason_of(error)}") from None
     except psycopg.Error as error:
         raise DatabaseUnfitError(f"PostgreSQL refused: {reason_of(error)}") from None
+
+
+async def _fault_of_writing(
+    connection: Connection, queue: str, *, new_rows: bool, patience: float
+) -> str | None:
+    """Insert a row, and let it become active, completed, failed and delayed; then undo all of it.
+
+    The statements are the recorder's own. So columns without a default, constraints, triggers,
+    policies and missing rights all show.
+
+    Args:
+        new_rows: whether the worker inserts rows; if not, an update of no row shows the rights.
+        patience: seconds for a lock; a statement has twice as long.
+
+    Returns:
+        What was refused, and why; None if nothing was. Never what a row holds.
+
+    Raises:
+        DatabaseUnavailableError: the table is locked, or the server too slow.
+    """
+    row_id = f"autoflow-probe-{secrets.token_hex(16)}"
+    statements = _statements(row_id, queue, new_rows=new_rows)
+    await connection.execute("BEGIN")
+    fault = await _first_fault(connection, statements, patience, new_rows=new_rows)
+    await connection.execute("ROLLBACK")
+    return fault
+
+
+async def _first_fault(
+    connection: Connection,
+    statements: Iterable[tuple[str, str, object]],
+    patience: float,
+    *,
+    new_rows: bool,
+) -> str | None:
+    cursor = psycopg.AsyncRawCursor(connection)
+    # The lock's timeout is shorter, because its message says more.
+    for setting, seconds in {"lock_timeout": patience, "statement_timeout": 2 * patience}.items():
+        milliseconds = str(max(1, int(seconds * 1000)))
+        await cursor.execute("SELECT set_config($1, $2, true)", (setting, milliseconds))
+    for what, statement, parameter in statements:
+        try:
+            await cursor.execute(statement.encode(), (json.dumps(parameter),))
+        except _MAY_PASS as error:
+            reason = error.diag.message_primary
+            raise DatabaseUnavailableError(
+                f"PostgreSQL does not take {what} within {patience:g} s: {reason}"
+            ) from None
+        except psycopg.OperationalError:
+            raise
+        except psycopg.Error as error:
+            # Not the whole text: its DETAIL holds the row.
+            return f"PostgreSQL refuses {what}: {error.diag.message_primary}"
+        if new_rows and cursor.rowcount == 0:
+            return _LEFT.format(what=what)
+    return None
+
+
+def _statements(row_id: str, queue: str, *, new_rows: bool) -> Iterator[tuple[str, str, object]]:
+    """Yield what to try: its description, the recorder's statement, and the parameter."""
+    if new_rows:
+        words = "the row of a job that has none (RECORD_UNKNOWN_JOBS=false: it gets none)"
+        row = patches.unknown_job_row(queue, data={}, options={}, timestamp=None)
+        yield words, INSERT, [{"id": row_id, "data": row}]
+    for status, patch in _probes().items():
+        write = {"id": row_id, "queue": queue, "patch": patch, "settles": False}
+        yield f"a row's status {status!r}", UPDATE_MANY, [write]
+    if new_rows:
+        yield "a look at a row", LOOK, [row_id]
+    else:
+        yield "a search for locked rows", LOCKED, [row_id]
+
+
+def _probes() -> Mapping[str, patches.Record]:
+    now = now_ms()
+    error = patches.error_record("a probe of autoflow-worker", now)
+    return {
+        "active": patches.active_patch(now_ms=now, attempt=1),
+        "delayed": patches.delayed_patch(until_ms=now, attempt=1, error=error),
+        "failed": patches.failed_patch(now_ms=now, attempt=1, error=error),
+        "completed": patches.completed_patch(now_ms=now, result=patches.success_result(None, 0)),
+        "pending": patches.handed_back_patch(),
+    }

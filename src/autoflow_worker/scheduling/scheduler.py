@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 from uuid import uuid4
 
@@ -31,8 +30,7 @@ from autoflow_worker.tasks.definition import PRIORITIES, TaskDefinition
 
 log = structlog.get_logger(__name__)
 
-CLOSE_PATIENCE: Final = 6 * PATIENCE
-"""Seconds that closing waits for `schedule` calls that still run."""
+CLOSE_PATIENCE: Final = 6 * PATIENCE  # seconds that closing waits for calls of `schedule`
 
 P = TypeVar("P")
 
@@ -64,12 +62,7 @@ class TaskScheduler:
         await self.open()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def open(self, timeout: float = PATIENCE) -> None:
@@ -227,11 +220,7 @@ class TaskScheduler:
 
 
 def _payload_object(task: TaskDefinition[Any], payload: object) -> dict[str, Any]:
-    """Return the payload as the JSON object that it travels as.
-
-    Raises:
-        PayloadError: the payload is no JSON object, or does not validate.
-    """
+    """Return the payload as the JSON object that it travels as; raises PayloadError."""
     try:
         # By alias and without computed fields, as the worker validates it.
         data = storable(to_jsonable_python(payload, by_alias=True, round_trip=True))

@@ -223,7 +223,7 @@ class Attempt:
             reason.__cause__ = error
             return await self._fail(reason)
         if isinstance(error, WaitingChildrenError):
-            patch = patches.waiting_children_patch()
+            patch = patches.handed_back_patch()
         else:
             due = await self._queue.insist(lambda: self._queue.due_at(self._claim))
             if due is None:  # The job was due at once, and has been fetched again.

@@ -87,10 +87,6 @@ PATCHES = {
         },
     ),
     "handed back": (patches.handed_back_patch(), {"status": "pending", **NOT_FINISHED}),
-    "waiting for children": (
-        patches.waiting_children_patch(),
-        {"status": "pending", **NOT_FINISHED},
-    ),
     "moved to delayed": (
         patches.moved_to_delayed_patch(until_ms=NOW + 1000),
         {"status": "delayed", "delayUntil": LATER, **NOT_FINISHED},
