@@ -62,8 +62,7 @@ _queues_option = click.option(
 
 def _load_settings(**options: Any) -> "Settings":
     """Read the .env files, then the settings."""
-    from autoflow_worker.env_files import read_env_files
-    from autoflow_worker.settings import Settings
+    from autoflow_worker.settings import Settings, read_env_files
 
     read_env_files()
     return Settings.load(**options)
@@ -91,8 +90,7 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
 
     hold_signals()  # Before the slow imports.
     leave_stacks()
-    from autoflow_worker.env_files import read_env_files
-    from autoflow_worker.settings import Settings
+    from autoflow_worker.settings import Settings, read_env_files
     from autoflow_worker.tasks.loader import load_tasks
 
     if until_stdin_closes:
@@ -167,8 +165,8 @@ def check(tasks: str | None, queues: str | None) -> int:
     Checks the settings, the task list, Redis and PostgreSQL. The exit code is that of the first
     failed check.
     """
-    from autoflow_worker.env_files import read_env_files
     from autoflow_worker.operations.check import run_checks
+    from autoflow_worker.settings import read_env_files
 
     configure_logging("error")
     exit_code = 0

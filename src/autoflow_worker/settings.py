@@ -1,7 +1,8 @@
-"""Settings from the environment, and all faults in them in one error."""
+"""Settings from `.env` files and the environment, and all faults in them in one error."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -13,12 +14,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic_core import ErrorDetails
-from pydantic_settings import (
-    BaseSettings,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from autoflow_worker.broker.redis_urls import redis_url as checked_redis_url
 from autoflow_worker.encoding.masking import mask_secrets
@@ -42,22 +38,17 @@ def _split_names(value: object) -> object:
     return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip())) or value
 
 
-def _level_name(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    return _LEVEL_ALIASES.get(value.strip().lower(), value.strip().lower())
-
-
 def _lower(value: object) -> object:
     return value.strip().lower() if isinstance(value, str) else value
 
 
-def _redis_url(value: SecretStr) -> SecretStr:
-    return SecretStr(checked_redis_url(value.get_secret_value()))
+def _level_name(value: object) -> object:
+    name = _lower(value)
+    return _LEVEL_ALIASES.get(str(name), name)
 
 
-def _database_url(value: SecretStr) -> SecretStr:
-    return SecretStr(checked_database_url(value.get_secret_value()))
+def _url(check: Callable[[str], str]) -> AfterValidator:
+    return AfterValidator(lambda value: SecretStr(check(value.get_secret_value())))
 
 
 class Settings(BaseSettings):
@@ -74,11 +65,11 @@ class Settings(BaseSettings):
     node_env: Annotated[str, BeforeValidator(_lower)] = Field(
         "development", description="a name; production turns JSON logs on"
     )
-    redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = Field(
+    redis_url: Annotated[SecretStr, _url(checked_redis_url)] = Field(
         description="host:6379 or redis://host:6379/0, rediss:// for TLS, or unix:// and a "
         "socket's path"
     )
-    database_url: Annotated[SecretStr, AfterValidator(_database_url)] = Field(
+    database_url: Annotated[SecretStr, _url(checked_database_url)] = Field(
         description="postgresql://user:password@host:5432/database"
     )
     bullmq_prefix: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,200}$")] = Field(
@@ -116,18 +107,6 @@ class Settings(BaseSettings):
         default_factory=lambda data: "json" if data.get("node_env") == "production" else "console",
         description="console or json",
     )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the command line's values first, then the environment, and nothing else."""
-        return init_settings, env_settings
 
     @classmethod
     def load(cls, *, needs: Collection[str] | None = None, **overrides: Any) -> Self:
@@ -172,6 +151,42 @@ class Settings(BaseSettings):
             for name in faults
         }
         return cls(**(given | stand_ins)), faults
+
+
+def read_env_files() -> list[str]:
+    """Read `.env` files in the working directory, as Bun does for the Node worker.
+
+    Their variables go into the process's environment, for handlers too. A variable of the
+    environment stays as it is. Of two files that set the same variable the more specific one
+    counts: `.env.production.local`, `.env.local`, `.env.production`, `.env`.
+
+    Returns:
+        the files' names.
+
+    Raises:
+        SettingsError: a file can't be read.
+    """
+    mode = os.environ.get("NODE_ENV", "").strip().lower()
+    mode = mode if mode in {"production", "test"} else "development"
+    local = [] if mode == "test" else [".env.local"]
+    names = [".env", f".env.{mode}", *local, f".env.{mode}.local"]
+    found = [name for name in names if Path(name).is_file()]
+    variables: dict[str, str | None] = {}
+    for name in found:
+        try:
+            source = DotEnvSettingsSource(BaseSettings, env_file=name, case_sensitive=True)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise SettingsError([f"{name} can't be read: {reason}"]) from None
+        variables |= source.env_vars
+    for variable, value in variables.items():
+        if value is not None and not os.environ.get(variable):
+            try:
+                os.environ[variable] = value
+            except ValueError:
+                fault = f"a .env file sets {variable!a} to a value with a null character"
+                raise SettingsError([fault]) from None
+    return found
 
 
 def check_urls(*, redis_url: str, database_url: str) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from autoflow_worker.env_files import read_env_files
 from autoflow_worker.errors import SettingsError
+from autoflow_worker.settings import read_env_files
 
 
 @pytest.fixture

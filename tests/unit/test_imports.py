@@ -18,7 +18,7 @@ FLOORS = [
     {"encoding", "urls"},
     {"logs"},
     {"broker", "recording", "tasks", "process"},
-    {"settings", "env_files"},
+    {"settings"},
     {"worker", "scheduling", "operations"},
     {"service", "autoflow_worker"},
     {"local"},

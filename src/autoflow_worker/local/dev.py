@@ -10,13 +10,12 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from autoflow_worker.env_files import read_env_files
 from autoflow_worker.errors import MissingExtraError, WorkerError
 from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, running
 from autoflow_worker.logs.configure import configure_logging
 from autoflow_worker.process.signals import SAME_WITHIN, stop_on_signals
 from autoflow_worker.recording.table import init_db
-from autoflow_worker.settings import Settings
+from autoflow_worker.settings import Settings, read_env_files
 
 try:
     from watchfiles import Change, PythonFilter, awatch
