@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum, StrEnum
 from typing import Any
 
-from autoflow_worker.encoding.results import Json, dump, fragment, storable
+from autoflow_worker.encoding.cleaner import Json
+from autoflow_worker.encoding.results import dump, fragment, storable
 
 
 class Colour(Enum):

@@ -8,33 +8,29 @@ import base64
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal, localcontext
 from enum import Enum
 from itertools import islice
 from pathlib import PurePath
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 from uuid import UUID
 
 import orjson
 from pydantic import BaseModel
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | orjson.Fragment | None"
-T = TypeVar("T")
 
+# Arrays and objects around one value. orjson stops at 254, and the row adds some of its own.
 MAX_DEPTH = 200
-"""Arrays and objects around one value. orjson stops at 254, and the row adds some of its own."""
+# Values and keys in one result; bounds the time for which one result blocks the event loop.
 MAX_VALUES = 1_000_000
-"""Values and keys in one result; bounds the time for which one result blocks the event loop."""
-MAX_SIZE = 16 * 1024 * 1024
-"""Bytes of JSON text in one result."""
-MAX_DIGITS = 131_072
-"""Digits of one integer."""
+MAX_SIZE = 16 * 1024 * 1024  # bytes of JSON text in one result
+MAX_DIGITS = 131_072  # of one integer
 
-EXACT_FLOATS = 2.0**53
-"""Floats from here on are integers, and stored as such."""
+EXACT_FLOATS = 2.0**53  # floats from here on are integers, and stored as such
 
 TOO_LARGE = f"it is larger than {MAX_SIZE // 1024**2} MiB of JSON"
 TOO_MANY = f"it holds more than {MAX_VALUES:,} values"
@@ -97,7 +93,15 @@ class Cleaner:
             return self._array(value, depth + 1)
         if self._takes_fragments and type(value) is orjson.Fragment:
             return value
-        return self.clean(_guarded(_simplify, value), depth)
+        try:
+            simpler = _simplify(value)
+        except Refusal:
+            raise
+        # SystemExit too: a property that raises it must cost this job, not the worker.
+        except BaseException as error:
+            reason = f"{type_name(value)} raised {type_name(error)} while it was read"
+            raise Refusal(reason) from error
+        return self.clean(simpler, depth)
 
     def _object(self, pairs: dict[object, object], depth: int) -> Json:
         self._enter(2 * len(pairs), depth)
@@ -132,7 +136,7 @@ class Cleaner:
 
     def _key(self, key: object, depth: int) -> str:
         if type(key) is float and not math.isfinite(key):
-            return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[repr(key)]
+            return json.dumps(key)
         plain = self.clean(key, depth)
         if isinstance(plain, str):
             return plain
@@ -189,24 +193,13 @@ def clean_text(text: str) -> str:
     return text
 
 
-def _guarded(read: Callable[[object], T], value: object) -> T:
-    try:
-        return read(value)
-    except Refusal:
-        raise
-    # SystemExit too: a property that raises it must cost this job, not the worker.
-    except BaseException as error:
-        reason = f"{type_name(value)} raised {type_name(error)} while it was read"
-        raise Refusal(reason) from error
-
-
 def type_name(value: object) -> str:
     """Return the name of the value's type."""
     # Not type(value).__qualname__, which a metaclass may override.
     return clean_text(str(type.__dict__["__qualname__"].__get__(type(value)))[:_MAX_NAME])
 
 
-def _simplify(value: object) -> object:  # noqa: PLR0911 - one for each type
+def _simplify(value: object) -> object:  # noqa: PLR0911, PLR0912 - one for each type
     """Take one step towards plain JSON types."""
     match value:
         case Enum():
@@ -227,22 +220,9 @@ def _simplify(value: object) -> object:  # noqa: PLR0911 - one for each type
             return _sorted(value)
         case _ if is_dataclass(value) and not isinstance(value, type):
             return {field.name: getattr(value, field.name) for field in fields(value)}
-        case _:
-            return _scalar(value)
-
-
-def _sorted(members: set[object] | frozenset[object]) -> list[object]:
-    members = set(islice(members, MAX_VALUES + 1))
-    try:
-        return sorted(members)  # type: ignore[type-var]
-    except Exception:  # a member's comparison may raise anything
-        return list(members)
-
-
-def _scalar(value: object) -> str | float | None:
-    match value:
         case datetime():
-            return value.isoformat().removesuffix("+00:00") + ("Z" if _is_utc(value) else "")
+            zone = "Z" if value.utcoffset() == timedelta(0) else ""
+            return value.isoformat().removesuffix("+00:00") + zone
         case date() | time():
             return value.isoformat()
         case timedelta():
@@ -257,8 +237,12 @@ def _scalar(value: object) -> str | float | None:
             raise Refusal(f"{type_name(value)} has no form in JSON")
 
 
-def _is_utc(value: datetime) -> bool:
-    return value.utcoffset() == timedelta(0)
+def _sorted(members: set[object] | frozenset[object]) -> list[object]:
+    members = set(islice(members, MAX_VALUES + 1))
+    try:
+        return sorted(members)  # type: ignore[type-var]
+    except Exception:  # a member's comparison may raise anything
+        return list(members)
 
 
 def _float(value: float) -> float | None:

@@ -17,16 +17,11 @@ from typing import TypeGuard, TypeVar
 from autoflow_worker.encoding.cleaner import clean_text, type_name
 from autoflow_worker.encoding.masking import mask_secrets
 
-MAX_REASON = 2_000
-"""Characters of a reason."""
-MAX_STACK_TRACE = 16_000
-"""Characters of a stack trace: a quarter from its beginning and the rest from its end are kept."""
-MAX_MESSAGE = 2_000
-"""Characters of one exception's message in a stack trace."""
-MAX_FRAMES = 30
-"""Frames of one exception: the first third and the last two thirds."""
-MAX_EXCEPTIONS = 12
-"""Exceptions in one stack trace: causes, contexts and members of groups."""
+MAX_REASON = 2_000  # characters
+MAX_STACK_TRACE = 16_000  # characters: a quarter from its beginning, the rest from its end
+MAX_MESSAGE = 2_000  # characters of one exception's message in a stack trace
+MAX_FRAMES = 30  # of one exception: the first third and the last two thirds
+MAX_EXCEPTIONS = 12  # in one stack trace: causes, contexts and members of groups
 
 # Characters that are read beyond a cut, so that a password across the cut is still recognised.
 _MARGIN = 4_000
@@ -106,10 +101,7 @@ def _chain(error: BaseException, seen: set[int]) -> Iterator[str]:
 
 
 def _one(error: BaseException, seen: set[int]) -> Iterator[str]:
-    frames = list(_frames(error))
-    if frames:
-        yield "Traceback (most recent call last):"
-        yield from frames
+    yield from _frames(error)
     yield _line(error, MAX_MESSAGE)
     yield from _notes(error)
     members = _members(error)
@@ -138,12 +130,14 @@ def _notes(error: BaseException) -> Iterator[str]:
 
 
 def _frames(error: BaseException) -> Iterator[str]:
-    steps = list(traceback.walk_tb(_traceback_of(error)))
-    left_out = len(steps) - MAX_FRAMES
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(_traceback_of(error))]
+    if frames:
+        yield "Traceback (most recent call last):"
+    left_out = len(frames) - MAX_FRAMES
     first = MAX_FRAMES // 3
-    for number, (frame, line) in enumerate(steps):
+    for number, (code, line) in enumerate(frames):
         if number < first or number >= first + left_out:
-            yield _frame(frame.f_code, line)
+            yield _frame(code, line)
         elif number == first:
             yield f"  … ({left_out:,} frames left out)"
 
@@ -159,16 +153,13 @@ def _is_a(value: object, kind: type[T]) -> TypeGuard[T]:
     return issubclass(type(value), kind)
 
 
-def _full_name(error: BaseException) -> str:
-    module = type.__dict__["__module__"].__get__(type(error))
-    if type(module) is not str or module in {"builtins", "__main__"}:
-        return type_name(error)
-    return f"{clean_text(module[:_MAX_LINE])}.{type_name(error)}"
-
-
 def _line(error: BaseException, limit: int) -> str:
+    name = type_name(error)
+    module = type.__dict__["__module__"].__get__(type(error))
+    if type(module) is str and module not in {"builtins", "__main__"}:
+        name = f"{clean_text(module[:_MAX_LINE])}.{name}"
     words = _message(error, limit)
-    return f"{_full_name(error)}: {words}" if words else _full_name(error)
+    return f"{name}: {words}" if words else name
 
 
 def _message(error: BaseException, limit: int) -> str:
@@ -189,13 +180,7 @@ def _presentable(text: str, limit: int) -> str:
 
 
 def _cut(text: str, limit: int, length: int) -> str:
-    """Cut a text to `limit` characters and say how many are missing.
-
-    Args:
-        text: the beginning of the whole text, or all of it.
-        limit: characters.
-        length: characters of the whole text.
-    """
+    """Cut a text of `length` characters, or the beginning of it, and say how many are missing."""
     if len(text) <= limit and length <= limit + _MARGIN:
         return text
     keep = limit - 40

@@ -85,11 +85,9 @@ def mask_secrets(text: str) -> str:
     # Most texts hold no secret, and this test takes a tenth of the search's time.
     for hint in _HINTS:
         if hint in lower:
-            return _masked(text, lower)
-    return text
-
-
-def _masked(text: str, lower: str) -> str:
+            break
+    else:
+        return text
     if len(lower) != len(text):  # İ has two characters in lower case
         lower = text.translate(_ASCII_LOWER)
     parts: list[str] = []

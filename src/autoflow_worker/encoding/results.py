@@ -23,7 +23,7 @@ surrogates, JavaScript has no NaN and no number beyond a double, and each limits
 A key that is a number, true, false or null becomes text, as `json.dumps` writes it. Of two keys
 with the same text the later one's value stays. `NotStorableError` refuses everything else
 (generators, files, functions, objects of unknown classes, tuples as keys), and any value beyond
-`MAX_DEPTH`, `MAX_VALUES`, `MAX_SIZE` or `MAX_DIGITS`. A result is stored whole or not at all.
+the limits in `cleaner`. A result is stored whole or not at all.
 """
 
 import json
@@ -33,7 +33,6 @@ import orjson
 from autoflow_worker.encoding.cleaner import (
     EXACT_FLOATS,
     MAX_DEPTH,
-    MAX_DIGITS,
     MAX_SIZE,
     MAX_VALUES,
     TOO_DEEP,
@@ -44,17 +43,6 @@ from autoflow_worker.encoding.cleaner import (
     Refusal,
 )
 from autoflow_worker.errors import NotStorableError
-
-__all__ = [
-    "MAX_DEPTH",
-    "MAX_DIGITS",
-    "MAX_SIZE",
-    "MAX_VALUES",
-    "Json",
-    "dump",
-    "fragment",
-    "storable",
-]
 
 _LEAVES = frozenset({int, bool, type(None)})
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from autoflow_worker.encoding import results as rules
+from autoflow_worker.encoding import cleaner as rules
 from autoflow_worker.encoding.results import dump, storable
 from autoflow_worker.errors import NotStorableError
 from tests.support.storable_values import Colour, Slotted, nested

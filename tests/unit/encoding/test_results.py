@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, RootModel
 
-from autoflow_worker.encoding import results as rules
+from autoflow_worker.encoding import cleaner as rules
 from autoflow_worker.encoding.results import storable
 from tests.support.storable_values import Colour, Size, Slotted, Word, in_both_shapes
 

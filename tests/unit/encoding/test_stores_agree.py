@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from autoflow_worker.encoding import results as rules
-from autoflow_worker.encoding.results import Json, dump
+from autoflow_worker.encoding import cleaner as rules
+from autoflow_worker.encoding.cleaner import Json
+from autoflow_worker.encoding.results import dump
 from tests.support.node import NODE
 from tests.support.storable_values import Colour, Size, Slotted, Word, in_both_shapes, nested
 
