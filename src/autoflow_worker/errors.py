@@ -8,9 +8,6 @@ class WorkerError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or (self.__doc__ or "").strip().splitlines()[0])
-
 
 class PartDiedError(WorkerError):
     """A part of the worker ended unexpectedly."""
@@ -25,11 +22,7 @@ class LibraryMismatchError(WorkerError):
 
 
 class SettingsError(WorkerError):
-    """The settings are wrong.
-
-    Attributes:
-        faults: one sentence for each fault, in the order of the settings.
-    """
+    """The settings are wrong: one sentence for each fault, in the order of the settings."""
 
     exit_code = 2
 

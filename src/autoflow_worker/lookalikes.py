@@ -31,9 +31,7 @@ class Lookalike(NamedTuple):
 def lookalikes(environ: Mapping[str, str], known: Collection[str]) -> list[Lookalike]:
     """Find the variables whose names are nearly one of ours, and a NODE_ENV that is nearly one.
 
-    Args:
-        environ: the environment; no value but NODE_ENV's is read.
-        known: our variables' names, in capitals.
+    Our names are in capitals. No value but NODE_ENV's is read.
     """
     found = []
     for name in sorted(environ):

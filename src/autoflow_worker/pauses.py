@@ -4,22 +4,16 @@ import asyncio
 import random
 from typing import Final
 
-JITTER: Final = 0.25
-"""The part of a pause that may be cut off at random."""
+JITTER: Final = 0.25  # of a pause
 
 
 class Pauses:
     """The pauses between tries.
 
-    Each pause is twice as long as the one before, up to the longest. Up to a quarter of each is cut
-    off at random, so that workers which lost the same server do not return to it in step.
-
-    Args:
-        first: seconds before the second try.
-        longest: seconds between two tries, at most.
+    Each pause is twice as long as the one before, up to the longest; both limits are in seconds. Up
+    to a quarter of each is cut off at random, so that workers which lost the same server do not
+    return to it in step.
     """
-
-    __slots__ = ("_first", "_longest", "_next")
 
     def __init__(self, first: float, longest: float) -> None:
         self._first = first
@@ -33,7 +27,6 @@ class Pauses:
         return pause * random.uniform(1 - JITTER, 1)  # noqa: S311 - not a secret
 
     async def sleep(self) -> None:
-        """Wait for the length of the next pause."""
         await asyncio.sleep(self.take())
 
     def restart(self) -> None:

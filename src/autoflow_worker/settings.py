@@ -110,11 +110,9 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, *, needs: Collection[str] | None = None, **overrides: Any) -> Self:
-        """Read the environment.
+        """Read the environment; each of `overrides` that is not ``None`` goes before its variable.
 
-        Args:
-            needs: the attributes whose faults count; ``None``: all of them.
-            overrides: values by attribute that override the environment; ``None``: no override.
+        Only the faults of the attributes in `needs` count; ``None``: of all.
 
         Raises:
             SettingsError: with all faults; each names the variable, its value and the way out.
@@ -154,14 +152,11 @@ class Settings(BaseSettings):
 
 
 def read_env_files() -> list[str]:
-    """Read `.env` files in the working directory, as Bun does for the Node worker.
+    """Read `.env` files in the working directory, as Bun does; return the files' names.
 
     Their variables go into the process's environment, for handlers too. A variable of the
     environment stays as it is. Of two files that set the same variable the more specific one
     counts: `.env.production.local`, `.env.local`, `.env.production`, `.env`.
-
-    Returns:
-        the files' names.
 
     Raises:
         SettingsError: a file can't be read.

@@ -1,4 +1,1 @@
-"""Any Python value, exception or secret as text that both stores and the log take.
-
-Start at `results`.
-"""
+"""Any Python value, exception or secret as text that both stores and the log take."""

@@ -1,4 +1,1 @@
-"""Log lines.
-
-Start at `configure`.
-"""
+"""Log lines; start at `configure`."""

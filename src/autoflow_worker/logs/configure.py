@@ -54,10 +54,7 @@ def configure_logging(
 ) -> None:
     """Set up structlog, and make the standard library's logging write the same lines.
 
-    Args:
-        level: the lowest level that is shown.
-        fmt: ``json``, one object per line, or ``console``.
-        stream: where lines go; stdout if not given.
+    Lines of the level and of higher ones go to the stream, which is stdout if not given.
     """
     flush_logs()
     stream = sys.stdout if stream is None else stream
@@ -68,7 +65,7 @@ def configure_logging(
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
-        _Renderer(_json if fmt == "json" else _console(stream)),
+        _renderer(_json if fmt == "json" else _console(stream)),
     ]
     bound_logger: Any = structlog.make_filtering_bound_logger(_LEVELS[level])
     structlog.configure(
@@ -77,8 +74,6 @@ def configure_logging(
         logger_factory=lambda *_: writer,
         cache_logger_on_first_use=True,
     )
-    if _Configured.writer is None:
-        atexit.register(flush_logs)
     _Configured.writer = writer
     _Configured.make_logger = staticmethod(
         lambda **context: bound_logger(writer, processors=processors, context=context)
@@ -90,33 +85,30 @@ def configure_logging(
 
 
 def job_logger(**context: Any) -> FilteringBoundLogger:
-    """Return a logger that is bound to the context.
-
-    Each job that logs makes one. ``structlog.get_logger().bind()`` would take longer, as it copies
-    the context and reads the configuration.
-    """
+    """Return a logger that is bound to the context; each job that logs makes one."""
+    # structlog.get_logger().bind() takes longer: it copies the context, reads the configuration.
     return _Configured.make_logger(**context)
 
 
+@atexit.register
 def flush_logs(timeout: float = 1.0) -> bool:
     """Wait at most ``timeout`` seconds until all lines are written; return whether they are."""
     return _Configured.writer is None or _Configured.writer.flush(timeout)
 
 
-class _Renderer:
-    """The last processor: renders a line of text, whatever the values are."""
+def _renderer(render: Callable[[EventDict], str]) -> Processor:
+    """Return the last processor, which renders a line of text, whatever the values are."""
 
-    def __init__(self, render: Callable[[EventDict], str]) -> None:
-        self._render = render
-
-    def __call__(self, _logger: WrappedLogger, _name: str, event: EventDict) -> str:
+    def to_line(_logger: WrappedLogger, _name: str, event: EventDict) -> str:
         try:
-            line = self._render(dict(event))
+            line = render(dict(event))
         except Exception:
-            line = self._render({key: _plain(value) for key, value in event.items()})
+            line = render({key: _plain(value) for key, value in event.items()})
         if len(line) > MAX_LINE_LENGTH:
-            line = self._render({key: _cut(_plain(value)) for key, value in event.items()})
+            line = render({key: _cut(_plain(value)) for key, value in event.items()})
         return line
+
+    return to_line
 
 
 def _json(event: EventDict) -> str:
@@ -183,8 +175,6 @@ class _Shown:
 
     def __repr__(self) -> str:
         return self._text
-
-    __str__ = __repr__
 
 
 def _escaped(text: str) -> str:

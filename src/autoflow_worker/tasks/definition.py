@@ -62,6 +62,7 @@ class TaskOptions:
     concurrency: int | None = None
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
 class TaskContext:
     """What a handler gets to know about its job, besides the payload.
 
@@ -71,43 +72,20 @@ class TaskContext:
         queue_name: the queue, which is the task's name.
         attempt: the number of this attempt, from 1.
         max_attempts: how many attempts the job has at most.
+        make_job: returns what ``job`` is.
     """
 
-    __slots__ = (
-        "_job",
-        "_make_job",
-        "attempt",
-        "correlation_id",
-        "max_attempts",
-        "queue_name",
-        "task_id",
-    )
-
-    def __init__(
-        self,
-        *,
-        task_id: str,
-        correlation_id: str,
-        queue_name: str,
-        attempt: int = 1,
-        max_attempts: int = 1,
-        job: "Job" = None,
-        make_job: "Callable[[], Job] | None" = None,
-    ) -> None:
-        self.task_id = task_id
-        self.correlation_id = correlation_id
-        self.queue_name = queue_name
-        self.attempt = attempt
-        self.max_attempts = max_attempts
-        self._job = job
-        self._make_job = make_job
+    task_id: str
+    correlation_id: str
+    queue_name: str
+    attempt: int = 1
+    max_attempts: int = 1
+    make_job: "Callable[[], Job | None]" = field(default=lambda: None, repr=False)
 
     @property
     def job(self) -> "Job":
         """The bullmq ``Job``, for progress, logs, children and moves; made at the first access."""
-        if self._job is None and self._make_job is not None:
-            self._job = self._make_job()
-        return self._job
+        return self.make_job()
 
     @property
     def logger(self) -> "FilteringBoundLogger":
@@ -127,9 +105,7 @@ class TaskDefinition(Generic[P]):
 
     Attributes:
         queue_name: the queue, which is the task's name.
-        handler: called with the payload and a ``TaskContext``.
-        options: how its jobs run.
-        worker_options: BullMQ worker options, checked.
+        worker_options: checked.
         is_async: whether the handler is awaited; a handler that is not runs in a thread.
         payload_adapter: pydantic's validator, ``None`` for the plain JSON object.
     """
@@ -147,8 +123,7 @@ class TaskDefinition(Generic[P]):
         Raises:
             PayloadError: the data does not validate; the message names the fields.
         """
-        parsed: P = payloads.parse(self.payload_adapter, data)
-        return parsed
+        return payloads.parse(self.payload_adapter, data)  # type: ignore[no-any-return]
 
 
 def define_task(
@@ -165,25 +140,23 @@ def define_task(
         handler: ``async def`` or ``def``, called with ``(payload, ctx)``; a ``def`` runs in a
             thread. If it returns an awaitable, as a decorator's wrapper may, that is awaited. Its
             return value is the job's output; an exception fails the attempt.
-        options: priority, attempts, backoff, time limit, concurrency.
         payload: the payload's type, where the handler has no annotation for it: any type that
             pydantic's ``TypeAdapter`` takes, or an adapter. Without both, the handler gets the
             plain JSON object.
         worker_options: BullMQ worker options, by their BullMQ names.
 
     Raises:
-        TaskListError: an argument is invalid; the message names the queue and the argument.
+        TaskListError: an argument is invalid.
     """
     _check_queue_name(queue_name)
     _check_handler(queue_name, handler)
     _check_options(queue_name, options)
-    function = payloads.underlying_function(handler)
     return TaskDefinition(
         queue_name=queue_name,
         handler=handler,
         options=options,
         worker_options=check_worker_options(queue_name, worker_options),
-        is_async=inspect.iscoroutinefunction(function),
+        is_async=inspect.iscoroutinefunction(payloads.underlying_function(handler)),
         payload_adapter=_adapter(queue_name, handler, payload),
     )
 

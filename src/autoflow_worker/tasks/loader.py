@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Collection
+from operator import attrgetter
 from pathlib import Path
 from textwrap import indent
 from typing import Any, Final
@@ -12,6 +13,7 @@ from typing import Any, Final
 from autoflow_worker.errors import TaskListError
 from autoflow_worker.tasks.definition import TaskDefinition
 
+# A first `tasks_config.py`.
 EXAMPLE: Final = """\
 from autoflow_worker import define_task
 
@@ -19,15 +21,12 @@ async def greet(payload, ctx):
     return f"Hello, {payload['name']}!"
 
 tasks = [define_task("greetings", greet)]"""
-"""A first `tasks_config.py`."""
 
 
 def load_tasks(target: str, queues: Collection[str] | None = None) -> list[TaskDefinition[Any]]:
-    """Import the task list and check it.
+    """Import the task list, check it, and return the tasks of the queues; ``None``: of all.
 
-    Args:
-        target: ``module:attribute``; the module is looked up in the working directory first.
-        queues: the queues to keep; ``None`` keeps all of them.
+    The module of ``module:attribute`` is looked up in the working directory first.
 
     Raises:
         TaskListError: the list does not exist, or an item of it is invalid.
@@ -35,7 +34,14 @@ def load_tasks(target: str, queues: Collection[str] | None = None) -> list[TaskD
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         raise TaskListError(f"task list {target!r} must be written as module:attribute")
-    tasks = _checked(target, _attribute(target, _import(target, module_name), attribute))
+    module = _import(target, module_name)
+    try:
+        value = attrgetter(attribute)(module)
+    except AttributeError:
+        raise TaskListError(
+            f"task list {target!r}: {module.__name__} has no attribute {attribute!r}"
+        ) from None
+    tasks = _checked(target, value)
     if queues is None:
         return tasks
     known = {task.queue_name for task in tasks}
@@ -57,15 +63,15 @@ def _import(target: str, module_name: str) -> Any:
     except TaskListError as error:
         raise TaskListError(f"task list {target!r}: {error}{_place(error)}") from error
     except ModuleNotFoundError as error:
-        if error.name is not None and (module_name + ".").startswith(error.name + "."):
-            message = (
-                f"task list {target!r}: there is no module {error.name!r} in {cwd} or on the "
-                "Python path; name another one with --tasks or TASKS_CONFIG"
-            )
-            if module_name == "tasks_config":
-                message += f", or write tasks_config.py:\n\n{indent(EXAMPLE, '  ')}"
-            raise TaskListError(message) from error
-        raise TaskListError(_import_fault(target, error)) from error
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise TaskListError(_import_fault(target, error)) from error
+        message = (
+            f"task list {target!r}: there is no module {error.name!r} in {cwd} or on the "
+            "Python path; name another one with --tasks or TASKS_CONFIG"
+        )
+        if module_name == "tasks_config":
+            message += f", or write tasks_config.py:\n\n{indent(EXAMPLE, '  ')}"
+        raise TaskListError(message) from error
     except (Exception, SystemExit) as error:
         raise TaskListError(_import_fault(target, error)) from error
 
@@ -83,38 +89,19 @@ def _place(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({_short(error.filename)}, line {error.lineno})"
     package = str(Path(__file__).parents[1]) + os.sep
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((package, "<"))
-    ]
+    libraries = str(Path(os.__file__).parent)
     # The user's module may have called a library. Its own last line tells more.
-    own = [frame for frame in frames if not _is_library(frame.filename)]
-    if not own:
-        return ""
-    return f" ({_short(own[-1].filename)}, line {own[-1].lineno})"
-
-
-def _is_library(filename: str) -> bool:
-    return "site-packages" in filename or filename.startswith(str(Path(os.__file__).parent))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        name = frame.filename
+        if not name.startswith((package, libraries, "<")) and "site-packages" not in name:
+            return f" ({_short(name)}, line {frame.lineno})"
+    return ""
 
 
 def _short(filename: str) -> str:
     path = Path(filename)
     cwd = Path.cwd()
     return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else filename
-
-
-def _attribute(target: str, module: Any, attribute: str) -> Any:
-    value = module
-    for name in attribute.split("."):
-        try:
-            value = getattr(value, name)
-        except AttributeError:
-            raise TaskListError(
-                f"task list {target!r}: {module.__name__} has no attribute {attribute!r}"
-            ) from None
-    return value
 
 
 def _checked(target: str, value: object) -> list[TaskDefinition[Any]]:
@@ -124,7 +111,6 @@ def _checked(target: str, value: object) -> list[TaskDefinition[Any]]:
         )
     if not value:
         raise TaskListError(f"task list {target!r} is empty: there is nothing to run")
-    tasks: list[TaskDefinition[Any]] = []
     seen: set[str] = set()
     for index, task in enumerate(value):
         if not isinstance(task, TaskDefinition):
@@ -138,5 +124,4 @@ def _checked(target: str, value: object) -> list[TaskDefinition[Any]]:
                 "a queue has one task"
             )
         seen.add(task.queue_name)
-        tasks.append(task)
-    return tasks
+    return list(value)

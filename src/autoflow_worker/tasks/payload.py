@@ -22,8 +22,9 @@ MAX_MESSAGE_LENGTH = 2_000
 _MAX_DESCRIBED = 5_000
 _MAX_PART_LENGTH = 64
 
-_PLAIN = (Any, object, dict, Mapping, dict[str, Any], dict[str, object])
-_PLAIN_MAPPINGS = (Mapping[str, Any], Mapping[str, object])
+# Types for which any JSON object is valid.
+_PLAIN: list[Any] = [Any, object, dict, dict[str, Any], dict[str, object]]
+_PLAIN += [Mapping, Mapping[str, Any], Mapping[str, object]]
 
 
 def underlying_function(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +63,7 @@ def payload_adapter(annotation: Any) -> TypeAdapter[Any] | None:
     """
     if isinstance(annotation, TypeAdapter):
         return annotation
-    if annotation in _PLAIN or annotation in _PLAIN_MAPPINGS:
+    if annotation in _PLAIN:
         return None
     adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     if not adapter.pydantic_complete:
@@ -99,19 +100,16 @@ def _parse_as_json(adapter: TypeAdapter[Any], data: object, error: ValidationErr
     make no difference, and to encode the data again takes longest.
     """
     try:
-        return adapter.validate_json(_as_json(data))
+        try:
+            text = orjson.dumps(data)
+        except TypeError:  # an integer beyond 64 bits, or deeper than orjson goes
+            text = json.dumps(data, ensure_ascii=False).encode()
+        return adapter.validate_json(text)
     except ValidationError as json_error:
         error = json_error
     except BaseException:  # noqa: S110 - the data is no JSON: the first error stays
         pass
     raise PayloadError("payload does not validate: " + _describe(error)) from error
-
-
-def _as_json(data: object) -> bytes:
-    try:
-        return orjson.dumps(data)
-    except TypeError:  # an integer beyond 64 bits, or deeper than orjson goes
-        return json.dumps(data, ensure_ascii=False).encode()
 
 
 def _describe(error: ValidationError) -> str:

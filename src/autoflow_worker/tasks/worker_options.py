@@ -100,11 +100,8 @@ class WorkerOptions(TypedDict, total=False):
         stalledInterval: ms between checks for stalled jobs (30000).
         maxStalledCount: how often a job may stall before it fails (1).
         drainDelay: seconds that a fetch from an empty queue blocks (5).
-        limiter: the queue's rate limit.
         removeOnComplete: for jobs that do not say it themselves.
         removeOnFail: for jobs that do not say it themselves.
-        metrics: count finished jobs per minute.
-        settings: a backoff strategy for job types that BullMQ does not know.
     """
 
     # Redis refuses any other character in the name of a client.
@@ -162,8 +159,7 @@ def check_worker_options(queue_name: str, options: Mapping[str, Any] | None) -> 
     """Return a copy of the options, all of which have an effect.
 
     Raises:
-        TaskListError: an option has no effect here, or its value makes no sense; the message names
-            the task and the option.
+        TaskListError: an option has no effect here, or its value makes no sense.
     """
     if options is None:
         return {}
