@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 from autoflow_worker.lookalikes import nearest
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}(?=://)")
-_BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _UNKNOWN_OPTION = re.compile(
     r"(?:unexpected keyword argument|URI query parameter:) ['\"](\w+)['\"]"
 )
@@ -39,7 +38,7 @@ def outline(url: str, schemes: Collection[str]) -> str:
     scheme = SCHEME.match(url)
     if scheme is None or scheme[0].lower() not in schemes:
         raise ValueError("its scheme is wrong" if scheme else "it has no scheme")
-    if _BARE_PERCENT.search(url):
+    if re.search(r"%(?![0-9A-Fa-f]{2})", url):
         raise ValueError("a % in a user name or password has to be written as %25")
     try:
         parts = urlsplit(url)

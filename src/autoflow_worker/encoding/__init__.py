@@ -1,1 +1,1 @@
-"""Any Python value, exception or secret as text that both stores and the log take."""
+"""Any Python value, exception or secret as text for both stores and the log; see `results`."""

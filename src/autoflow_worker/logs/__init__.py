@@ -1,1 +1,1 @@
-"""Log lines; start at `configure`."""
+"""Log lines; see `configure`."""

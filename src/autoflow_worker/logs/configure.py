@@ -182,9 +182,7 @@ def _escaped(text: str) -> str:
 
 
 def _plain(value: object) -> str | float | None:
-    if value is None or isinstance(value, bool | float):
-        return value
-    if isinstance(value, int) and abs(value) <= _SAFE_INTEGER:
+    if isinstance(value, float | None) or (isinstance(value, int) and abs(value) <= _SAFE_INTEGER):
         return value
     try:
         text = value if isinstance(value, str) else repr(value)

@@ -8,8 +8,6 @@ from urllib.parse import urlsplit
 
 from autoflow_worker.urls import ENCODED, option_fault, outline
 
-_KEY_VALUE = re.compile(r"\w+\s*=")
-
 
 def database_url(url: str) -> str:
     """Return the URL without surrounding blanks.
@@ -18,7 +16,7 @@ def database_url(url: str) -> str:
         ValueError: libpq can't use it; the message says why and shows no part of it.
     """
     url = url.strip()
-    if _KEY_VALUE.match(url):
+    if re.match(r"\w+\s*=", url):
         raise ValueError("it is a list of key=value, not a URL")
     url = outline(url, {"postgres", "postgresql"})
     # libpq ends the password at the first @ and would print the rest as the host's name.

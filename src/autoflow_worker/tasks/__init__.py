@@ -1,4 +1,1 @@
-"""What a task's author uses: the definition, its options and payload, and the list of tasks.
-
-Start at `definition`.
-"""
+"""What a task's author uses: definition, options, payload, task list; see `definition`."""

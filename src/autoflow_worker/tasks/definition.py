@@ -136,14 +136,12 @@ def define_task(
     """Define the task that runs the jobs of one queue.
 
     Args:
-        queue_name: the queue, which is the task's name.
         handler: ``async def`` or ``def``, called with ``(payload, ctx)``; a ``def`` runs in a
             thread. If it returns an awaitable, as a decorator's wrapper may, that is awaited. Its
             return value is the job's output; an exception fails the attempt.
         payload: the payload's type, where the handler has no annotation for it: any type that
             pydantic's ``TypeAdapter`` takes, or an adapter. Without both, the handler gets the
             plain JSON object.
-        worker_options: BullMQ worker options, by their BullMQ names.
 
     Raises:
         TaskListError: an argument is invalid.

@@ -43,12 +43,11 @@ def payload_annotation(handler: Callable[..., Any]) -> Any:
         NameError: or another exception, from the evaluation of an annotation in quotes.
     """
     try:
-        parameters = list(inspect.signature(handler).parameters.values())
+        first = next(iter(inspect.signature(handler).parameters.values()), None)
     except ValueError:  # a builtin without a signature
         return Any
-    if not parameters or parameters[0].annotation is inspect.Parameter.empty:
+    if first is None or first.annotation is inspect.Parameter.empty:
         return Any
-    first = parameters[0]
     # Evaluate only this annotation: the others' names may exist for type checkers alone.
     holder = types.SimpleNamespace(__annotations__={first.name: first.annotation})
     namespace = getattr(inspect.unwrap(underlying_function(handler)), "__globals__", {})
@@ -72,11 +71,7 @@ def payload_adapter(annotation: Any) -> TypeAdapter[Any] | None:
 
 
 def parse(adapter: TypeAdapter[Any] | None, data: object) -> Any:
-    """Return the payload.
-
-    Raises:
-        PayloadError: the data does not validate; the message names the fields.
-    """
+    """Return the payload, or raise a `PayloadError` that names the fields."""
     if not isinstance(data, dict):
         raise PayloadError(f"payload does not validate: a JSON object is needed, not {_kind(data)}")
     if adapter is None:
