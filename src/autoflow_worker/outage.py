@@ -17,10 +17,7 @@ log = structlog.get_logger(__name__)
 SILENT_AFTER: Final = 5.0
 """Seconds that an answer may be overdue before the log says that the server hangs."""
 
-MAX_REASONS: Final = 20
-"""Reasons that are logged in one outage, at most; their texts may vary endlessly."""
-
-_NUMBERS: Final = re.compile(r"\d+")
+MAX_REASONS: Final = 20  # logged in one outage; their texts may vary endlessly
 
 
 class Refusals:
@@ -37,7 +34,6 @@ class Refusals:
         self.lasting = asyncio.Event()
 
     def note(self, what: Hashable) -> None:
-        """Note that the server refused something, perhaps once more."""
         now = asyncio.get_running_loop().time()
         if now - self._since.setdefault(what, now) >= self.patience:
             self.lasting.set()
@@ -53,24 +49,20 @@ class Refusals:
 
 
 class Reasons:
-    """The reasons that were logged in this outage, so that each is logged once."""
+    """The reasons that were logged in this outage; those that differ in numbers only are one."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
     def is_new(self, reason: str) -> bool:
-        """Return whether this reason is to be logged, and note it.
-
-        Reasons that differ in their numbers only are the same.
-        """
-        words = _NUMBERS.sub("#", reason)
+        """Return whether this reason is to be logged, and note it."""
+        words = re.sub(r"\d+", "#", reason)
         if words in self._told or len(self._told) >= MAX_REASONS:
             return False
         self._told.add(words)
         return True
 
     def forget(self) -> None:
-        """Drop all reasons: the outage is over."""
         self._told.clear()
 
 
@@ -79,7 +71,7 @@ class Silence:
 
     Args:
         hangs: the event that is logged when the first connection waits too long.
-        answers: the event that is logged when the last connection has its answer.
+        answers: the event that is logged when the last one has its answer.
     """
 
     def __init__(self, hangs: str, answers: str) -> None:
@@ -92,18 +84,18 @@ class Silence:
         """Note that a connection has waited for an answer since then, in event loop time."""
         if not self._silent:
             self._since = since
-            silent = asyncio.get_running_loop().time() - since
-            log.warning(self._hangs, for_s=round(silent, 1))
+            log.warning(self._hangs, for_s=self._silent_s())
         self._silent.add(connection)
 
     def end(self, connection: object) -> None:
         """Note that the connection has its answer."""
-        if connection not in self._silent:
-            return
-        self._silent.remove(connection)
-        if not self._silent:
-            silent = asyncio.get_running_loop().time() - self._since
-            log.warning(self._answers, after_s=round(silent, 1))
+        if self._silent:
+            self._silent.discard(connection)
+            if not self._silent:
+                log.warning(self._answers, after_s=self._silent_s())
+
+    def _silent_s(self) -> float:
+        return round(asyncio.get_running_loop().time() - self._since, 1)
 
     def forget(self, connection: object) -> None:
         """Drop a connection that is lost; the loss is logged elsewhere."""

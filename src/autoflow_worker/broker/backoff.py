@@ -28,18 +28,14 @@ async def backoff_ms(
     job: Any = None,
     strategy: BackoffStrategy | None = None,
 ) -> int | None:
-    """Return how long to wait before the next attempt.
+    """Return the ms until the next attempt; None if the strategy wants no further attempt.
 
     Args:
         backoff: the job's `backoff` option: missing, a number of ms, or an object with `type`,
             `delay` (ms) and `jitter` (0 to 1).
         attempts_made: attempts including the one that failed now.
-        error: why it failed; for the strategy.
-        job: the job; for the strategy.
-        strategy: the worker's own strategy for types that BullMQ does not know.
-
-    Returns:
-        ms, 0 for now, or None if the strategy wants no further attempt.
+        error: why it failed; for the strategy, as is `job`.
+        strategy: the worker's own, for types that BullMQ does not know.
 
     Raises:
         NoBackoffError: the options are of a wrong type, or name an unknown type.
@@ -55,7 +51,8 @@ async def backoff_ms(
         delay = _number(backoff.get("delay") or 0, "delay")
         jitter = _number(backoff.get("jitter") or 0, "jitter")
         if kind == "exponential":
-            delay = math.floor(_scaled(delay, attempts_made - 1) + 0.5)
+            # Without a limit, a float would overflow after a thousand attempts.
+            delay = math.floor(delay * 2.0 ** min(attempts_made - 1, 64) + 0.5)
         if jitter > 0:
             delay = math.floor(random.uniform(1 - jitter, 1) * delay)  # noqa: S311 - not a secret
         return _bounded(delay)
@@ -67,11 +64,6 @@ async def backoff_ms(
     if answer == -1:
         return None
     return _bounded(_number(answer or 0, "what the backoff strategy returns"))
-
-
-def _scaled(delay: float, doublings: int) -> float:
-    # Without this limit, a float would overflow after a thousand attempts.
-    return delay * 2.0 ** min(doublings, 64)
 
 
 def _number(value: object, name: str) -> float:

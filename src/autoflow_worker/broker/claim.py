@@ -35,7 +35,6 @@ class Claim:
     Attributes:
         queue: the bullmq `Worker` of its queue.
         fields: its hash in Redis.
-        id: the job's id.
         token: the value of its lock in Redis.
         locked_until: event loop time before which the lock can't have expired.
         data: the producer's data.

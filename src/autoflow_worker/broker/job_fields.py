@@ -13,8 +13,7 @@ from autoflow_worker.broker.claim import Claim, MalformedJobError
 MAX_DATA: Final = 16 * 1024 * 1024
 """Bytes of a job's `data`, where no setting MAX_PAYLOAD_BYTES is given."""
 
-MAX_STACKTRACES: Final = 20
-"""Stack traces kept on a job, at most; the option `stackTraceLimit` may ask for fewer."""
+MAX_STACKTRACES: Final = 20  # kept on a job; its option `stackTraceLimit` may ask for fewer
 
 # Numbers as JavaScript prints them, other than plain digits.
 _NUMBER: Final = re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?(e\+[0-9]{1,2})?")
@@ -38,20 +37,12 @@ def read_claim(
     *,
     max_data: int = MAX_DATA,
 ) -> Claim:
-    """Read a claimed job's hash, whatever its fields hold.
+    """Read a claimed job's hash, whatever its fields hold; `Claim` describes the arguments.
 
     Args:
-        queue: the bullmq `Worker` that the `Job` belongs to.
-        fields: the job's hash.
-        job_id: the job's id.
-        token: the value of its lock.
-        locked_until: event loop time before which the lock can't have expired.
         max_data: bytes of `data` at most; a job with more is not parsed.
     """
-    # UTF-8 takes at most four bytes for a character.
-    if ("defa" in fields or 4 * len(fields.get("data", "")) > max_data) and (
-        reason := _why_not_parsed(fields, max_data)
-    ):
+    if reason := _why_not_parsed(fields, max_data):
         claim = Claim(queue, {**fields, "data": "{}"}, job_id, token, locked_until)
         read_by_job(claim)
         claim.never = claim.malformed or reason
@@ -70,25 +61,18 @@ def _why_not_parsed(fields: Mapping[str, str], max_data: int) -> str | None:
     """Say why the data must not be parsed. Parsing it may have killed the last worker."""
     if deferred := fields.get("defa"):
         return deferred
-    if (size := _size_of(fields.get("data", ""))) > max_data:
+    data = fields.get("data", "")
+    # UTF-8 takes at most four bytes for a character.
+    if 4 * len(data) > max_data and (size := len(data.encode(errors="surrogateescape"))) > max_data:
         return f"its data has {size:,} bytes, and MAX_PAYLOAD_BYTES allows {max_data:,}"
     return None
-
-
-def _size_of(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode(errors="surrogateescape"))
 
 
 def _read_plain(claim: Claim) -> bool:
     """Read a job without a `Job`, which takes ten times as long; most first attempts are plain.
 
-    What a `Job` would object to must not pass here, as one may be made later.
-
-    Returns:
-        False if the job needs a `Job`.
-
-    Raises:
-        Exception: a field is missing or malformed, so the job needs a `Job`.
+    Return False, or raise anything, if the job needs a `Job`. What a `Job` would object to must not
+    pass here, as one may be made later.
     """
     fields = claim.fields
     if not fields.keys() <= _PLAIN_FIELDS or "name" not in fields or not is_utf8(claim.id):
@@ -125,12 +109,10 @@ def read_by_job(claim: Claim) -> None:
     try:
         job = Job.fromJSON(claim.queue, _with_whole_numbers(claim.fields), claim.id)
         _check_fields(claim.fields, job)
-    except MalformedJobError as error:
-        claim.malformed = f"the job can't be read: {error}"
-        job = _stand_in(claim)
     except Exception as error:
         # The job is claimed, so it has to end with a reason, whatever its fields hold.
-        claim.malformed = f"the job can't be read: {type(error).__name__}: {error}"
+        told = error if isinstance(error, MalformedJobError) else f"{type(error).__name__}: {error}"
+        claim.malformed = f"the job can't be read: {told}"
         job = _stand_in(claim)
     claim.job = job
     claim.data = job.data

@@ -6,6 +6,7 @@ when to fetch. With `fetch_next`, an acknowledgement brings the next job in the 
 """
 
 import asyncio
+import base64
 import json
 import math
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -26,8 +27,7 @@ from autoflow_worker.broker.claim import (
 )
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.job_fields import MAX_DATA, failure_fields, is_utf8, read_claim
-from autoflow_worker.broker.job_schedulers import advance_scheduler
-from autoflow_worker.broker.marker import Marker, client_name
+from autoflow_worker.broker.marker import Marker
 from autoflow_worker.broker.official_worker import official_worker
 from autoflow_worker.broker.script_guard import guard, guarded
 from autoflow_worker.clock import now_ms
@@ -39,14 +39,15 @@ OUTAGE_PAUSE: Final = 0.05
 
 OUTAGE_PAUSE_MAX: Final = 1.0
 
-BREAKAGES: Final = "autoflowBroke"
-"""Our own field of a job's hash, which counts the claims that broke their slots."""
-
+# Our own field of a job's hash, which counts the claims that broke their slots.
+_BREAKAGES: Final = "autoflowBroke"
+# BullMQ's error codes for a job that this worker does not hold any more.
 _LOST: Final = {
     ErrorCode[name].value: name
     for name in ("JobNotExist", "JobLockNotExist", "JobNotInState", "JobLockMismatch")
 }
-"""BullMQ's error codes for a job that this worker does not hold any more."""
+# The fields of a job scheduler that say when it produces a job.
+_REPEAT: Final = ("every", "pattern", "tz", "limit", "offset", "startDate", "endDate")
 
 T = TypeVar("T")
 
@@ -55,14 +56,12 @@ class JobQueue:
     """The queue's operations, each of them one round trip.
 
     Args:
-        name: the queue.
         redis: the shared client; the caller closes it.
         prefix: BullMQ's key prefix.
         options: BullMQ worker options.
         max_data: bytes of a job's `data`, at most; a job with more is refused unparsed.
 
     Attributes:
-        name: the queue.
         lock_ms: for how long a lock is taken or renewed.
         marker: wakes a worker of an idle queue.
 
@@ -99,7 +98,10 @@ class JobQueue:
         self._simple_finish = commands["moveToFinished"]
         self._completion_arguments = scripts.CompletionArguments(keys, self._worker.opts)
         self.marker = Marker(redis, keys)
-        self._client_name = client_name(prefix, name, options.get("name"))
+        # Node's `getWorkers()` finds a queue's workers by the names of their connections.
+        self._client_name = f"{prefix}:{base64.b64encode(name.encode()).decode()}"
+        if (worker_name := options.get("name")) is not None:
+            self._client_name += f":w:{worker_name}"
         self._hold = redis.register_script(guarded(scripts.HOLD))
         self._held = redis.register_script(guarded(scripts.HELD))
         self._adopt = redis.register_script(guarded(scripts.ADOPT))
@@ -115,10 +117,9 @@ class JobQueue:
     @property
     def is_connected(self) -> bool:
         """Whether a command that is sent now leaves now."""
-        return self._redis.shared.link is not None
+        return self._redis.is_connected
 
     async def connected(self) -> None:
-        """Wait until there is a connection, however long it takes."""
         await self._redis.connected()
 
     @property
@@ -127,11 +128,7 @@ class JobQueue:
         return self._redis.shared.restored_at if self.is_connected else math.inf
 
     async def insist(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Ask Redis until it answers, however long an outage lasts.
-
-        Args:
-            ask: may run more than once.
-        """
+        """Ask Redis until it answers, perhaps more than once, however long an outage lasts."""
         pauses = Pauses(OUTAGE_PAUSE, OUTAGE_PAUSE_MAX)
         while True:
             try:
@@ -160,11 +157,7 @@ class JobQueue:
         return [(job_id, token) for job_id, token in found]
 
     async def adopt(self, token_prefix: str, known: Collection[str]) -> list[Claim]:
-        """Return the jobs that were claimed with such a token in a reply that was lost.
-
-        Args:
-            known: ids of the jobs that the caller has already.
-        """
+        """Return the jobs claimed with such a token in a reply that was lost: none of `known`."""
         asked_at = self._now()
         active = self._worker.keys["active"]
         args: list[str | int] = [token_prefix, self._base, now_ms(), *known]
@@ -188,8 +181,30 @@ class JobQueue:
         return read_claim(self._worker, fields, job_id, token, until, max_data=self._max_data)
 
     async def advance_scheduler(self, claim: Claim) -> None:
-        """Let the job scheduler that produced this job produce its next one. May be repeated."""
-        await advance_scheduler(self._worker, claim)
+        """Let the job scheduler that produced this job produce its next one.
+
+        It may be called twice for a job, as BullMQ checks that the job is the scheduler's latest.
+        """
+        job, options = claim.job, claim.job.opts
+        if claim.malformed:
+            options = await self._options_of(job.repeatJobKey)
+        await self._worker.jobScheduler.upsertJobScheduler(
+            job.repeatJobKey,
+            options.get("repeat"),
+            job.name,
+            job.data,
+            options,
+            override=False,
+            producer_id=job.id,
+        )
+
+    async def _options_of(self, scheduler_id: str) -> dict[str, Any]:
+        """Return the options of a scheduler's next job, where its latest job can't be read."""
+        scheduler = await self._worker.jobScheduler.getScheduler(scheduler_id) or {}
+        repeat = {option: scheduler[option] for option in _REPEAT if option in scheduler}
+        template = scheduler.get("template", {}).get("opts")
+        options = template if isinstance(template, dict) else {}
+        return {**options, "repeat": {**repeat, "count": scheduler.get("iterationCount", 0)}}
 
     # -- locks -----------------------------------------------------------------------------------
 
@@ -304,17 +319,12 @@ class JobQueue:
         fetch_next: bool,
     ) -> Reply:
         """Move the job to delayed: it failed, and its next attempt is due at `until_ms`."""
-        # BullMQ writes this time into the next job as the time of its claim.
-        now = now_ms()
         options = {
             "fieldsToUpdate": failure_fields(claim.job, reason, stack_trace),
             "fetchNext": fetch_next,
             "workerOpts": self._worker.opts,
         }
-        keys, args = self._scripts.moveToDelayedArgs(
-            claim.id, now, claim.token, max(0, until_ms - now), options
-        )
-        return await self._run(self._scripts.commands["moveToDelayed"], keys, args, claim.token)
+        return await self._move_to_delayed(claim.id, claim.token, until_ms, options)
 
     async def retry(
         self,
@@ -337,15 +347,19 @@ class JobQueue:
         Args:
             until_ms: when it is to run again, in epoch ms; a time in the past means now.
         """
-        now = now_ms()
-        keys, args = self._scripts.moveToDelayedArgs(
-            job_id, now, token, max(0, until_ms - now), {"skipAttempt": True}
-        )
-        await self._run(self._scripts.commands["moveToDelayed"], keys, args, token)
+        await self._move_to_delayed(job_id, token, until_ms, {"skipAttempt": True})
+
+    async def _move_to_delayed(
+        self, job_id: str, token: str, until_ms: int, options: Mapping[str, Any]
+    ) -> Reply:
+        now = now_ms()  # BullMQ writes it into the next job as the time of its claim.
+        delay = max(0, until_ms - now)
+        keys, args = self._scripts.moveToDelayedArgs(job_id, now, token, delay, options)
+        return await self._run(self._scripts.commands["moveToDelayed"], keys, args, token)
 
     async def count_breakage(self, claim: Claim) -> int:
         """Count in the job's hash a claim that broke its slot; return how many there are."""
-        return int(await self._redis.hincrby(self._base + claim.id, BREAKAGES, 1))
+        return int(await self._redis.hincrby(self._base + claim.id, _BREAKAGES, 1))
 
     async def bury(self, claim: Claim, field: str, value: str, stack_trace: str | None) -> bool:
         """Finish a job on which BullMQ's own script breaks.

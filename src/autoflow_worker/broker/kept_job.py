@@ -28,12 +28,7 @@ _MAX_SAFE_INTEGER: Final = 2**53 - 1
 _SETS: Final = ("completed", "failed", "delayed", "prioritized", "waiting-children")
 _LISTS: Final = ("active", "wait", "paused")
 _FIELDS: Final = (
-    "atm",
-    "failedReason",
-    "finishedOn",
-    "processedOn",
-    "returnvalue",
-    "stacktrace",
+    *("atm", "failedReason", "finishedOn", "processedOn", "returnvalue", "stacktrace"),
 )
 
 # One script, so that it sees a moving job in either its old or its new state. It does not read the
@@ -57,7 +52,6 @@ class KeptJob:
     """What BullMQ keeps of one job. Times and counts that BullMQ does not know are 0.
 
     Attributes:
-        id: the job's id.
         state: the name of the list or set that the job is in; "" for none.
         exists: whether the job has fields.
         score: the job's score, if the state is a set.
@@ -100,12 +94,7 @@ class KeptJob:
 
 
 class JobReader:
-    """Reads jobs without changing them.
-
-    Args:
-        redis: an open client; the caller closes it.
-        prefix: BullMQ's key prefix.
-    """
+    """Reads jobs without changing them."""
 
     def __init__(self, redis: PipelinedRedis, prefix: str) -> None:
         self._look = redis.register_script(_LOOK)

@@ -1,7 +1,6 @@
 """BullMQ's marker, by which an idle queue wakes one worker at a time."""
 
 import asyncio
-import base64
 from collections.abc import Mapping
 from typing import Final
 
@@ -10,8 +9,7 @@ from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.script_guard import guarded
 from autoflow_worker.broker.scripts import PUT_MARKER
 
-UNBLOCK_INTERVAL: Final = 0.02
-"""Seconds after which CLIENT UNBLOCK is repeated."""
+UNBLOCK_INTERVAL: Final = 0.02  # seconds after which CLIENT UNBLOCK is repeated
 
 
 class Marker:
@@ -66,9 +64,3 @@ class Marker:
     async def put_back(self) -> None:
         """Wake another worker, if there are jobs for which a marker taken here was put."""
         await self._put(keys=self._keys)
-
-
-def client_name(prefix: str, queue: str, worker_name: str | None) -> str:
-    """Return the connection name by which Node's `getWorkers()` finds a queue's workers."""
-    name = f"{prefix}:{base64.b64encode(queue.encode()).decode()}"
-    return name if worker_name is None else f"{name}:w:{worker_name}"
