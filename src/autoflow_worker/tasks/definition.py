@@ -62,7 +62,6 @@ class TaskOptions:
     concurrency: int | None = None
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
 class TaskContext:
     """What a handler gets to know about its job, besides the payload.
 
@@ -72,20 +71,43 @@ class TaskContext:
         queue_name: the queue, which is the task's name.
         attempt: the number of this attempt, from 1.
         max_attempts: how many attempts the job has at most.
-        make_job: returns what ``job`` is.
     """
 
-    task_id: str
-    correlation_id: str
-    queue_name: str
-    attempt: int = 1
-    max_attempts: int = 1
-    make_job: "Callable[[], Job | None]" = field(default=lambda: None, repr=False)
+    __slots__ = (
+        "_job",
+        "_make_job",
+        "attempt",
+        "correlation_id",
+        "max_attempts",
+        "queue_name",
+        "task_id",
+    )
+
+    def __init__(
+        self,
+        *,
+        task_id: str,
+        correlation_id: str,
+        queue_name: str,
+        attempt: int = 1,
+        max_attempts: int = 1,
+        job: "Job" = None,
+        make_job: "Callable[[], Job] | None" = None,
+    ) -> None:
+        self.task_id = task_id
+        self.correlation_id = correlation_id
+        self.queue_name = queue_name
+        self.attempt = attempt
+        self.max_attempts = max_attempts
+        self._job = job
+        self._make_job = make_job
 
     @property
     def job(self) -> "Job":
         """The bullmq ``Job``, for progress, logs, children and moves; made at the first access."""
-        return self.make_job()
+        if self._job is None and self._make_job is not None:
+            self._job = self._make_job()
+        return self._job
 
     @property
     def logger(self) -> "FilteringBoundLogger":
