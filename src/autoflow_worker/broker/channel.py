@@ -25,8 +25,7 @@ from autoflow_worker.pauses import Pauses
 
 log = structlog.get_logger(__name__)
 
-FULL_OUTBOX: Final = 8
-"""This many commands leave at once, so that the server works on them while more are made."""
+FULL_OUTBOX: Final = 8  # commands leave at once: the server works while more are made
 
 REPLY_PATIENCE: Final = 10.0
 """Seconds without a single reply after which a connection counts as half-open and is dropped."""
@@ -38,10 +37,9 @@ CONNECT_PATIENCE: Final = 5.0
 """Seconds that a new command waits for a connection before it fails."""
 
 RETRY_PAUSE: Final = 0.05
-"""Seconds between the first two attempts to connect; doubled from there on."""
+"""Seconds between the first two attempts to connect; doubled up to `RETRY_PAUSE_MAX`."""
 
 RETRY_PAUSE_MAX: Final = 1.0
-"""Seconds between two attempts to connect, at most."""
 
 # The replies to SELECT of a database that does not exist.
 _NO_DATABASE: Final = re.compile(r"command .SELECT|SELECT is not|DB index")
@@ -55,7 +53,6 @@ class Channel:
     `ConnectionError`. Nobody knows whether the server ran them, so the callers have to ask.
 
     Args:
-        pool: makes connections.
         client_name: the connection's name for CLIENT LIST; None for none.
         refusals: told when the server refuses this connection or a command.
         silence: told when the server owes a reply for too long.
@@ -63,6 +60,7 @@ class Channel:
 
     Attributes:
         link: the connected socket; None while there is none.
+        connected: set while there is a connection.
         restored_at: event loop time of the end of the last outage; -inf if there was none.
         died: done, with an exception, if reconnecting itself broke (a bug, not an outage).
     """
@@ -88,7 +86,7 @@ class Channel:
         self.link: Link | None = None
         self._outbox: list[bytes] = []
         self._waiting: deque[asyncio.Future[Any]] = deque()
-        self._connected = asyncio.Event()
+        self.connected = asyncio.Event()
         self._connector: asyncio.Task[None] | None = None
         self._watchdog: asyncio.TimerHandle | None = None
         self._watch_at = 0.0
@@ -100,10 +98,7 @@ class Channel:
         self.died: asyncio.Future[None] = self._loop.create_future()
 
     async def open(self, timeout: float) -> None:
-        """Connect for the first time.
-
-        Args:
-            timeout: seconds to keep trying.
+        """Connect for the first time, and keep trying for `timeout` seconds.
 
         Raises:
             RedisUnavailableError: the server was not reached in time.
@@ -113,7 +108,7 @@ class Channel:
         pauses = Pauses(RETRY_PAUSE, RETRY_PAUSE_MAX)
         while True:
             try:
-                await self._connect()
+                return await self._connect()
             except (RedisError, OSError) as error:
                 if _NO_DATABASE.search(str(error)):
                     raise RedisRefusedError(
@@ -128,8 +123,6 @@ class Channel:
                         f"Redis can't be reached within {timeout:g} s: {error}"
                     ) from error
                 await asyncio.sleep(pause)
-            else:
-                return
 
     async def close(self) -> None:
         """Close the connection; commands in flight fail. May be called twice."""
@@ -139,19 +132,6 @@ class Channel:
             await asyncio.wait({self._connector})
         self._drop(RedisConnectionError("the Redis client is closed"))
         self.died.cancel()
-
-    @property
-    def is_connected(self) -> bool:
-        return self.link is not None
-
-    @property
-    def client_id(self) -> int:
-        """The server's id of this connection, for CLIENT UNBLOCK; 0 while there is none."""
-        return 0 if self.link is None else self.link.client_id
-
-    async def connected(self) -> None:
-        """Wait until there is a connection, however long it takes."""
-        await self._connected.wait()
 
     @property
     def silent_for(self) -> float:
@@ -164,8 +144,7 @@ class Channel:
     def execute(self, args: tuple[Any, ...], *, patience: float = REPLY_PATIENCE) -> Awaitable[Any]:
         """Send one command, and return an awaitable of its reply.
 
-        This is no coroutine, as each job needs it twice. While there is a connection, it returns
-        a plain future.
+        While there is a connection, this is a plain future: each job needs it twice.
 
         Args:
             patience: seconds of silence after which the connection counts as half-open. A blocking
@@ -182,7 +161,15 @@ class Channel:
 
     async def _execute_once_connected(self, args: tuple[Any, ...], patience: float) -> Any:
         while self.link is None:
-            await self._await_connection()
+            if self._closing:
+                raise RedisConnectionError("the Redis client is closed")
+            try:
+                async with asyncio.timeout(CONNECT_PATIENCE):
+                    await self.connected.wait()
+            except TimeoutError:
+                raise RedisConnectionError(
+                    f"no connection to Redis for {CONNECT_PATIENCE} s"
+                ) from None
         return await self._send(args, patience)
 
     def _send(self, args: tuple[Any, ...], patience: float) -> asyncio.Future[Any]:
@@ -200,15 +187,6 @@ class Channel:
             # An idle server starts at once; a busy one takes what the rest of this turn adds.
             self._flush()
         return reply
-
-    async def _await_connection(self) -> None:
-        if self._closing:
-            raise RedisConnectionError("the Redis client is closed")
-        try:
-            async with asyncio.timeout(CONNECT_PATIENCE):
-                await self._connected.wait()
-        except TimeoutError:
-            raise RedisConnectionError(f"no connection to Redis for {CONNECT_PATIENCE} s") from None
 
     def _flush(self) -> None:
         if self.link is None or not self._outbox:
@@ -244,8 +222,11 @@ class Channel:
     def on_reply(self, reply: Any) -> None:
         """Give the next reply to the caller that has waited longest."""
         self._silent_since = self._loop.time()
-        if self._troubled:
-            self._note_reply(reply)
+        if self._troubled:  # by a silence or a refusal
+            self._silence.end(self)
+            if not isinstance(reply, Exception):
+                self._refusals.over(self._replies)
+                self._troubled = False
         if not self._waiting:
             self._drop(RedisConnectionError("Redis sent a reply that nobody asked for"))
             return
@@ -262,13 +243,6 @@ class Channel:
         if isinstance(reply, WrongServerError):
             self._drop(reply)
 
-    def _note_reply(self, reply: Any) -> None:
-        """Note that the server answers, after a silence or a refusal."""
-        self._silence.end(self)
-        if not isinstance(reply, Exception):
-            self._refusals.over(self._replies)
-            self._troubled = False
-
     def on_lost(self, link: Link, reason: str) -> None:
         """Drop the connection: it broke, or its bytes are not Redis' protocol."""
         if link is self.link:
@@ -279,7 +253,7 @@ class Channel:
         link, self.link = self.link, None
         if link is None:
             return
-        self._connected.clear()
+        self.connected.clear()
         link.abort()
         if self._watchdog is not None:
             self._watchdog.cancel()
@@ -340,4 +314,4 @@ class Channel:
     async def _connect(self) -> None:
         # The role is only asked for after a server that was a replica.
         self.link = await connect(self._pool, self._client_name, self, refuse_replica=self._misled)
-        self._connected.set()
+        self.connected.set()

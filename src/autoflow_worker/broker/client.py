@@ -3,9 +3,12 @@
 import asyncio
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from operator import attrgetter
 from typing import Any, Final, cast
 
 import structlog
+from redis._parsers.base import BaseParser
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import Connection, SSLConnection
 from redis.asyncio.retry import Retry
@@ -14,7 +17,7 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError, RedisError
 
 from autoflow_worker.broker.channel import Channel
-from autoflow_worker.broker.libraries import require_known_redis
+from autoflow_worker.broker.libraries import mismatch
 from autoflow_worker.broker.redis_urls import redis_url
 from autoflow_worker.broker.replies import (
     CommandRefusedError,
@@ -29,11 +32,11 @@ log = structlog.get_logger(__name__)
 HANDSHAKE_TIMEOUT: Final = 5.0
 """Seconds that connecting, and each reply while connecting, may take."""
 
-KEEPALIVE: Final = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
-"""Seconds, seconds and a count: the kernel probes an idle connection, and closes it if the peer is
-dead or its address has another server."""
+# Seconds, seconds and a count: the kernel probes an idle connection, and closes it if the peer is
+# dead or its address has another server.
+_KEEPALIVE: Final = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
 
-BLOCKING_COMMANDS: Final = frozenset(
+_BLOCKING_COMMANDS: Final = frozenset(
     {"BLMOVE", "BLPOP", "BRPOP", "BRPOPLPUSH", "BZPOPMAX", "BZPOPMIN", "XREAD", "XREADGROUP"}
 )
 
@@ -44,11 +47,8 @@ class PipelinedRedis(Redis):
     bullmq takes any `redis.asyncio.Redis`, so it takes this one. Blocking commands, pipelines and
     transactions take connections of redis-py's pool, as always.
 
-    Args:
-        url: whatever ``redis_urls.redis_url`` takes.
-
     Raises:
-        ValueError: ``redis_url`` does not take it.
+        ValueError: `redis_urls.redis_url` does not take the URL.
         LibraryMismatchError: the installed redis-py differs from the one that this package knows.
 
     Attributes:
@@ -57,7 +57,7 @@ class PipelinedRedis(Redis):
     """
 
     def __init__(self, url: str) -> None:
-        require_known_redis()
+        _require_known_redis()
         url = redis_url(url)
         pool = ConnectionPool.from_url(
             url,
@@ -98,11 +98,11 @@ class PipelinedRedis(Redis):
 
     async def connected(self) -> None:
         """Wait until there is a connection, however long it takes."""
-        await self.shared.connected()
+        await self.shared.connected.wait()
 
     @property
     def is_connected(self) -> bool:
-        return self.shared.is_connected
+        return self.shared.link is not None
 
     def deaths(self) -> list[asyncio.Future[None]]:
         """Return a future for each connection; it gets an exception if reconnecting breaks."""
@@ -141,17 +141,14 @@ class PipelinedRedis(Redis):
                 self._refused.add(script.sha)
             raise
         if self._refused and script.sha in self._refused:
-            self._take_again(script.sha)
+            self.refusals.over(script.sha)
+            self._refused.clear()
+            self._reasons.forget()
+            log.warning("redis_takes_scripts_again")
         return reply
 
-    def _take_again(self, sha: str) -> None:
-        self.refusals.over(sha)
-        self._refused.clear()
-        self._reasons.forget()
-        log.warning("redis_takes_scripts_again")
-
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        if args[0] in BLOCKING_COMMANDS:
+        if args[0] in _BLOCKING_COMMANDS:
             return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         reply = await self.shared.execute(args)
         options.pop("keys", None)
@@ -159,10 +156,27 @@ class PipelinedRedis(Redis):
         return reply if callback is None else callback(reply, **options)
 
 
+@cache
+def _require_known_redis() -> None:
+    """Check that redis-py has the private parts that `link`, `replies` and this module use."""
+    try:
+        pool: Any = ConnectionPool()
+        parser: Any = BaseParser
+        connection = ("_writer", "_reader", "_close", "client_name", "connect", "send_command")
+        attrgetter(*connection)(pool.make_connection())
+        script = AsyncScript(Redis(connection_pool=pool), "return 1")
+        attrgetter("registered_client", "script", "sha")(script)
+        if not isinstance(parser.parse_error("NOSCRIPT No matching script"), NoScriptError):
+            raise TypeError("the reply NOSCRIPT is another error")  # noqa: TRY301 - as any error
+    except Exception as error:
+        # Another version may raise anything.
+        raise mismatch("redis", f"{type(error).__name__}: {error}") from error
+
+
 def _keepalive_of(url: str) -> dict[str, Any]:
     if url.startswith("unix:"):
         return {}
-    known = {name: value for name, value in KEEPALIVE.items() if hasattr(socket, name)}
+    known = {name: value for name, value in _KEEPALIVE.items() if hasattr(socket, name)}
     return {"socket_keepalive_options": {getattr(socket, n): v for n, v in known.items()}}
 
 

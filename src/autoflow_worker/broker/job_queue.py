@@ -150,11 +150,10 @@ class JobQueue:
         reply = await self._scripts.moveToActive(token, self._worker.opts)
         return self._read(reply, token, asked_at)
 
-    async def held(self, token_prefix: str) -> list[tuple[str, str]]:
-        """Return id and token of the active jobs whose lock has such a token."""
+    async def held(self, token_prefix: str) -> dict[str, str]:
+        """Return the tokens of the active jobs whose lock has such a token, by the jobs' ids."""
         active = self._worker.keys["active"]
-        found = await self._held(keys=[active], args=[token_prefix, self._base])
-        return [(job_id, token) for job_id, token in found]
+        return dict(await self._held(keys=[active], args=[token_prefix, self._base]))
 
     async def adopt(self, token_prefix: str, known: Collection[str]) -> list[Claim]:
         """Return the jobs claimed with such a token in a reply that was lost: none of `known`."""

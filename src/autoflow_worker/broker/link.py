@@ -6,7 +6,7 @@ connection.
 """
 
 import asyncio
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
@@ -15,31 +15,28 @@ from redis.exceptions import InvalidResponse, NoPermissionError
 
 from autoflow_worker.broker.replies import INCOMPLETE, WrongServerError, new_reader
 
-
-class Listener(Protocol):
-    """What a link tells."""
-
-    def on_reply(self, reply: Any) -> None:
-        """The next reply has come; an error reply is an exception."""
-
-    def on_lost(self, link: "Link", reason: str) -> None:
-        """The connection broke, or its bytes are not Redis' protocol."""
+if TYPE_CHECKING:
+    from autoflow_worker.broker.channel import Channel
 
 
 class Link(asyncio.Protocol):
-    """A socket whose replies go to a listener.
+    """A socket whose replies go to a channel.
 
     Attributes:
         client_id: the server's id of this connection.
         transport: takes the bytes of commands.
     """
 
-    def __init__(self, connection: AbstractConnection, client_id: int, listener: Listener) -> None:
+    def __init__(
+        self, connection: AbstractConnection, client_id: object, channel: "Channel"
+    ) -> None:
+        if not isinstance(client_id, int):
+            raise InvalidResponse(f"this is no Redis server: its client's id is {client_id!r}")
         writer = connection._writer
         if writer is None or writer.transport.is_closing():
             raise RedisConnectionError("the connection to Redis was lost while connecting")
         self._connection = connection
-        self._listener = listener
+        self._channel = channel
         self._reader = new_reader()
         self.client_id = client_id
         self.transport = cast(asyncio.Transport, writer.transport)
@@ -51,12 +48,12 @@ class Link(asyncio.Protocol):
         self._reader.feed(data)
         try:
             while (reply := self._reader.gets()) is not INCOMPLETE:
-                self._listener.on_reply(reply)
+                self._channel.on_reply(reply)
         except InvalidResponse as error:
-            self._listener.on_lost(self, f"not the Redis protocol: {error}")
+            self._channel.on_lost(self, f"not the Redis protocol: {error}")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._listener.on_lost(self, str(exc or "closed by the server"))
+        self._channel.on_lost(self, str(exc or "closed by the server"))
 
     def abort(self) -> None:
         """Close the socket at once."""
@@ -65,7 +62,7 @@ class Link(asyncio.Protocol):
 
 
 async def connect(
-    pool: ConnectionPool, client_name: str | None, listener: Listener, *, refuse_replica: bool
+    pool: ConnectionPool, client_name: str | None, channel: "Channel", *, refuse_replica: bool
 ) -> Link:
     """Let redis-py connect and authenticate, then take the socket over from it.
 
@@ -85,20 +82,13 @@ async def connect(
         await _ask(connection, "PING")
         if refuse_replica:
             await _refuse_replica(connection)
-        return Link(connection, await _id_of(connection), listener)
+        return Link(connection, await _ask(connection, "CLIENT", "ID"), channel)
     except BaseException as error:
         connection._close()  # type: ignore[no-untyped-call]
         if isinstance(error, RuntimeError) and "the handler is closed" in str(error):
             # uvloop raises this if the server closes the socket before the next write.
             raise RedisConnectionError("the connection was lost while connecting") from error
         raise
-
-
-async def _id_of(connection: AbstractConnection) -> int:
-    client_id = await _ask(connection, "CLIENT", "ID")
-    if not isinstance(client_id, int):
-        raise InvalidResponse(f"this is no Redis server: its client's id is {client_id!r}")
-    return client_id
 
 
 async def _refuse_replica(connection: AbstractConnection) -> None:

@@ -53,8 +53,9 @@ class Marker:
         try:
             await asyncio.wait({reading, waking}, return_when=asyncio.FIRST_COMPLETED)
             while not reading.done():
+                client_id = self._channel.link.client_id if self._channel.link is not None else 0
                 # It may overtake the blocking command on its way to the server, so it is repeated.
-                await self._redis.execute_command("CLIENT UNBLOCK", self._channel.client_id)
+                await self._redis.execute_command("CLIENT UNBLOCK", client_id)
                 await asyncio.wait({reading}, timeout=UNBLOCK_INTERVAL)
             return reading.result() is not None
         finally:

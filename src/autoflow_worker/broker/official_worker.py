@@ -43,13 +43,7 @@ _known: Final[set[type[Worker]]] = set()
 
 
 def official_worker(name: str, redis: Any, prefix: str, options: Mapping[str, Any]) -> Worker:
-    """Make bullmq's `Worker` without a processor, which starts nothing.
-
-    Args:
-        name: the queue.
-        redis: the client; no command is sent.
-        prefix: BullMQ's key prefix.
-        options: BullMQ worker options.
+    """Make bullmq's `Worker` without a processor: it starts nothing, and sends no command.
 
     Raises:
         LibraryMismatchError: the installed bullmq differs from the one that this package knows.
@@ -70,7 +64,9 @@ def official_worker(name: str, redis: Any, prefix: str, options: Mapping[str, An
 
 
 def _differences(worker: Worker, given: Mapping[str, Any]) -> Iterator[str]:
-    if not given.items() <= worker.opts.items() or not _works_over(worker, given["connection"]):
+    clients = [worker.scripts.commands[name].registered_client for name in _COMMANDS]
+    over_given = all(client is given["connection"] for client in clients)
+    if not given.items() <= worker.opts.items() or not over_given:
         yield "Worker takes other arguments"
     for name, expected in _PARAMETERS.items():
         found = tuple(inspect.signature(getattr(worker.scripts, name)).parameters)
@@ -80,10 +76,6 @@ def _differences(worker: Worker, given: Mapping[str, Any]) -> Iterator[str]:
         shaped = copy.copy(worker)
         shaped.opts = {**worker.opts, **options}
         yield from _differences_of(shaped, job_options, keep, fetch_next=fetch_next)
-
-
-def _works_over(worker: Worker, redis: Any) -> bool:
-    return all(worker.scripts.commands[name].registered_client is redis for name in _COMMANDS)
 
 
 def _differences_of(

@@ -16,11 +16,7 @@ KEPT_FAILED: Final = 500
 class Producer:
     """Adds jobs to any queue, over one client.
 
-    It never closes bullmq's queues, as each of them would close the client.
-
-    Args:
-        redis: a client, which the caller opens and closes.
-        prefix: BullMQ's key prefix.
+    It never closes bullmq's queues, as each of them would close the client, which is the caller's.
     """
 
     def __init__(self, redis: PipelinedRedis, prefix: str) -> None:
@@ -29,7 +25,6 @@ class Producer:
         self._queues: dict[str, Queue] = {}
 
     def queue(self, name: str) -> Queue:
-        """Return bullmq's `Queue` of that name."""
         queue = self._queues.get(name)
         if queue is None:
             queue = Queue(name, {"connection": self._redis, "prefix": self._prefix})
@@ -54,13 +49,9 @@ class Producer:
         await job.backend.addJob(job)
 
     async def retry_failed(self, queue: str, job_id: str) -> bool:
-        """Move a failed job back to its queue, with its attempts reset.
+        """Move a failed job back to its queue, with its attempts reset; errors are those of `add`.
 
-        Returns:
-            False if the job is deleted, or not in `failed` any more.
-
-        Raises:
-            redis.exceptions.RedisError: as `add`.
+        Return False if the job is deleted, or not in `failed` any more.
         """
         owner = self.queue(queue)
         # bullmq needs only the id. The job's own fields may hold anything.

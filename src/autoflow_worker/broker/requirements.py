@@ -18,11 +18,8 @@ from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.replies import NO_COMMAND, NO_KEY, is_denial
 from autoflow_worker.errors import RedisUnfitError
 
-MIN_VERSION: Final = (5, 0, 0)
-"""BullMQ's own lower limit."""
-
-RECOMMENDED_VERSION: Final = (6, 2, 0)
-"""The version below which BullMQ warns."""
+MIN_VERSION: Final = (5, 0, 0)  # BullMQ's own lower limit
+RECOMMENDED_VERSION: Final = (6, 2, 0)  # BullMQ warns below it
 
 PROBE: Final = """
 -- Try each command that the scripts call. BullMQ never reads these keys, and the end deletes them.
@@ -68,33 +65,21 @@ _IN_NEED: Final = re.compile(r"\b(?:OOM|READONLY|MISCONF|NOREPLICAS|BUSY|LOADING
 
 @dataclass(frozen=True, slots=True)
 class RedisReport:
-    """A server that can serve.
+    """A server that can serve."""
 
-    Attributes:
-        server: its name and version.
-        warnings: what the operator should change.
-    """
-
-    server: str
-    warnings: tuple[str, ...]
+    server: str  # its name and version
+    warnings: tuple[str, ...]  # what the operator should change
 
 
 @dataclass(slots=True)
 class _Lacking:
-    """The rights that a Redis user lacks.
-
-    Attributes:
-        commands: in the order in which they were tried.
-        keys: patterns of keys.
-        other: other refusals, in the server's own words.
-    """
+    """The rights that a Redis user lacks; the dictionaries are ordered sets."""
 
     commands: dict[str, None] = field(default_factory=dict)
-    keys: dict[str, None] = field(default_factory=dict)
-    other: dict[str, None] = field(default_factory=dict)
+    keys: dict[str, None] = field(default_factory=dict)  # patterns of keys
+    other: dict[str, None] = field(default_factory=dict)  # in the server's own words
 
     def note(self, command: str, keys: str, reason: str) -> None:
-        """Note that a command on such keys was refused."""
         if NO_KEY.search(reason):
             self.keys[keys] = None
         elif NO_COMMAND.search(reason):
@@ -103,7 +88,7 @@ class _Lacking:
             self.other[f"{command}: {reason}"] = None
 
     def told(self) -> str | None:
-        """Name everything that is lacking in one sentence; None if nothing is."""
+        """Name everything that is lacking in one sentence."""
         lacks = []
         if self.commands:
             lacks.append(f"may not run {', '.join(self.commands)}")
@@ -116,12 +101,7 @@ class _Lacking:
 
 
 async def examine_redis(redis: PipelinedRedis, prefix: str, queues: Sequence[str]) -> RedisReport:
-    """Try every command that a worker of these queues needs.
-
-    Args:
-        redis: open.
-        prefix: BullMQ's key prefix.
-        queues: under whose prefixes each command is tried.
+    """Try every command that a worker of these queues needs, under the prefix of each queue.
 
     Raises:
         RedisUnfitError: the server can't serve; the message names everything that is lacking.
@@ -152,8 +132,11 @@ def assess_redis(info: Mapping[str, object]) -> RedisReport:
         RedisUnfitError: it is too old, a read-only replica, a Sentinel, or a node of a cluster.
     """
     text = str(info.get("redis_version", ""))
-    version = _version(text)
-    server = _server(info, text)
+    numbers = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", text)
+    version = tuple(int(number or 0) for number in numbers.groups()) if numbers else None
+    server = f"Redis {text or 'of an unknown version'}"
+    if "valkey_version" in info:
+        server = f"Valkey {info['valkey_version']} (Redis {text})"
     mode = info.get("redis_mode") or info.get("server_mode")  # as Valkey calls it
     if mode == "sentinel":
         raise RedisUnfitError(
@@ -177,17 +160,6 @@ def assess_redis(info: Mapping[str, object]) -> RedisReport:
     if policy != "noeviction":
         warnings.append(f"maxmemory-policy is {policy}: set noeviction, or jobs can vanish")
     return RedisReport(server, tuple(warnings))
-
-
-def _server(info: Mapping[str, object], version: str) -> str:
-    if "valkey_version" in info:
-        return f"Valkey {info['valkey_version']} (Redis {version})"
-    return f"Redis {version or 'of an unknown version'}"
-
-
-def _version(text: str) -> tuple[int, ...] | None:
-    numbers = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", text)
-    return tuple(int(number or 0) for number in numbers.groups()) if numbers else None
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -39,31 +39,24 @@ end
 
 
 def guard(commands: dict[str, Any], register: Callable[[str], Any]) -> None:
-    """Add its check to each script of a `bullmq.Worker` or `Queue`.
-
-    Args:
-        commands: bullmq's own dictionary of its scripts, by name; changed in place.
-        register: makes a script from its text.
-    """
+    """Add its check to each script in this dictionary of a `bullmq.Worker` or `Queue`."""
     for name, command in commands.items():
         commands[name] = register(guarded_as(name, command.script))
 
 
+@cache
 def guarded_as(name: str, script: str) -> str:
     """Return BullMQ's script of that name with its check."""
-    return _guarded_hot(script) if name in HOT else guarded(script)
+    if name not in HOT:
+        return guarded(script)
+    promoting = f"if redis.call('ZCARD', KEYS[7]) > 0 then {_check(PROMOTING)} end"
+    return _GUARD.format(checks=f"{_check(FETCHING)} {promoting}") + script
 
 
 @cache
 def guarded(script: str) -> str:
     """Return a script with a check of all commands that it calls."""
     return _GUARD.format(checks=_check(commands_of(script))) + script
-
-
-@cache
-def _guarded_hot(script: str) -> str:
-    promoting = f"if redis.call('ZCARD', KEYS[7]) > 0 then {_check(PROMOTING)} end"
-    return _GUARD.format(checks=f"{_check(FETCHING)} {promoting}") + script
 
 
 def _check(names: Sequence[str]) -> str:

@@ -139,8 +139,7 @@ _PARENT_OPTIONS: Final = {
 }
 _PARENT_OPTION_NAMES: Final = frozenset(_PARENT_OPTIONS.values())
 
-MAX_PACKED: Final = 1_000
-"""Packed options that are kept for further jobs."""
+MAX_PACKED: Final = 1_000  # packed options that are kept for further jobs
 
 
 class CompletionArguments:
@@ -173,11 +172,9 @@ class CompletionArguments:
         """Return the script's keys and arguments.
 
         Args:
-            claim: the job.
             value: the return value's JSON.
             keep: the value of `removeOnComplete` that applies.
             fetch_next: whether the script is to claim another job.
-            now_ms: epoch ms.
         """
         about = claim.token, keep, claim.max_attempts, claim.attempts_made
         # Consecutive jobs of a slot have the same token, and mostly the same options.

@@ -87,7 +87,7 @@ class HandBack:
         Raises:
             redis.exceptions.ConnectionError: perhaps some were handed back; call it again.
         """
-        held = dict(await self._queue.held(owner))
+        held = await self._queue.held(owner)
         patch = patches.handed_back_patch()
         writes = [history.follow(patch) for claim, history in running.items() if claim.id in held]
         try:
