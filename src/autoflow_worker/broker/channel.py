@@ -53,10 +53,10 @@ class Channel:
     `ConnectionError`. Nobody knows whether the server ran them, so the callers have to ask.
 
     Args:
-        client_name: the connection's name for CLIENT LIST; None for none.
+        client_name: the connection's name for CLIENT LIST. None is for the shared connection, whose
+            losses are logged as warnings; the others' are logged at level debug.
         refusals: told when the server refuses this connection or a command.
         silence: told when the server owes a reply for too long.
-        quiet: whether lost and restored connections are logged at level debug only.
 
     Attributes:
         link: the connected socket; None while there is none.
@@ -71,8 +71,6 @@ class Channel:
         client_name: str | None,
         refusals: Refusals,
         silence: Silence,
-        *,
-        quiet: bool,
     ) -> None:
         self._pool = pool
         self._client_name = client_name
@@ -81,7 +79,7 @@ class Channel:
         self._reasons = Reasons()
         self._troubled = False
         self._replies = (self, "replies")
-        self._log = log.debug if quiet else log.warning
+        self._log = log.warning if client_name is None else log.debug
         self._loop = asyncio.get_running_loop()
         self.link: Link | None = None
         self._outbox: list[bytes] = []

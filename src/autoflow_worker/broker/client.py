@@ -77,12 +77,10 @@ class PipelinedRedis(Redis):
         self.refusals = Refusals()
         self._silence = Silence("redis_silent", "redis_answers_again")
         self._channels: list[Channel] = []
-        self.shared = self._add_channel(None, quiet=False)
+        self.shared = self._add_channel(None)
 
-    def _add_channel(self, client_name: str | None, *, quiet: bool) -> Channel:
-        channel = Channel(
-            self.connection_pool, client_name, self.refusals, self._silence, quiet=quiet
-        )
+    def _add_channel(self, client_name: str | None) -> Channel:
+        channel = Channel(self.connection_pool, client_name, self.refusals, self._silence)
         self._channels.append(channel)
         return channel
 
@@ -92,7 +90,7 @@ class PipelinedRedis(Redis):
 
     async def open_blocking_channel(self, client_name: str, timeout: float) -> Channel:
         """Open a connection for one caller's blocking commands; `aclose` closes it too."""
-        channel = self._add_channel(client_name, quiet=True)
+        channel = self._add_channel(client_name)
         await channel.open(timeout)
         return channel
 

@@ -39,8 +39,6 @@ OUTAGE_PAUSE: Final = 0.05
 
 OUTAGE_PAUSE_MAX: Final = 1.0
 
-# Our own field of a job's hash, which counts the claims that broke their slots.
-_BREAKAGES: Final = "autoflowBroke"
 # BullMQ's error codes for a job that this worker does not hold any more.
 _LOST: Final = {
     ErrorCode[name].value: name
@@ -245,11 +243,7 @@ class JobQueue:
         return await self.whose(claim) is Hold.OURS
 
     async def make_sure_of(self, claim: Claim) -> None:
-        """Ask until Redis answers who holds the job.
-
-        Raises:
-            LockLostError: another worker has it; nothing may be recorded for this attempt.
-        """
+        """Raise LockLostError if another worker has the job; asked until Redis answers."""
         if await self.whose(claim) is Hold.LOST:
             raise LockLostError("its lock expired, and another worker took the job over")
 
@@ -283,10 +277,7 @@ class JobQueue:
     # nobody knows whether the script ran; `holds` tells.
 
     def complete(self, claim: Claim, value: Any, *, fetch_next: bool) -> Awaitable[Reply]:
-        """Move the job to completed.
-
-        Args:
-            value: the return value, which has to be storable.
+        """Move the job to completed, with a storable return value.
 
         Raises:
             ChildrenLeftError: it has unfinished or failed children.
@@ -341,11 +332,7 @@ class JobQueue:
         return await self._run(self._scripts.commands["retryJob"], keys, args, claim.token)
 
     async def hand_back(self, job_id: str, token: str, until_ms: int = 0) -> None:
-        """Give a job back without using up its attempt.
-
-        Args:
-            until_ms: when it is to run again, in epoch ms; a time in the past means now.
-        """
+        """Give a job back without using up its attempt; it is due at `until_ms`, or now."""
         await self._move_to_delayed(job_id, token, until_ms, {"skipAttempt": True})
 
     async def _move_to_delayed(
@@ -357,8 +344,8 @@ class JobQueue:
         return await self._run(self._scripts.commands["moveToDelayed"], keys, args, token)
 
     async def count_breakage(self, claim: Claim) -> int:
-        """Count in the job's hash a claim that broke its slot; return how many there are."""
-        return int(await self._redis.hincrby(self._base + claim.id, _BREAKAGES, 1))
+        """Count in a field of our own a claim that broke its slot; return how many there are."""
+        return int(await self._redis.hincrby(self._base + claim.id, "autoflowBroke", 1))
 
     async def bury(self, claim: Claim, field: str, value: str, stack_trace: str | None) -> bool:
         """Finish a job on which BullMQ's own script breaks.

@@ -89,7 +89,6 @@ class KeptJob:
         return made if 0 <= made <= _MAX_SAFE_INTEGER else 0
 
     def text(self, field: str) -> str | None:
-        """Return one field as it is."""
         return (self.fields or {}).get(field)
 
 

@@ -13,12 +13,7 @@ UNBLOCK_INTERVAL: Final = 0.02  # seconds after which CLIENT UNBLOCK is repeated
 
 
 class Marker:
-    """The marker of one queue, read over a connection of its own.
-
-    Args:
-        redis: the shared client, which closes the connection.
-        keys: the queue's, by BullMQ's names for them.
-    """
+    """The marker of one queue, read over a connection of its own, which the client closes."""
 
     def __init__(self, redis: PipelinedRedis, keys: Mapping[str, str]) -> None:
         self._redis = redis

@@ -56,15 +56,10 @@ def guarded_as(name: str, script: str) -> str:
 @cache
 def guarded(script: str) -> str:
     """Return a script with a check of all commands that it calls."""
-    return _GUARD.format(checks=_check(commands_of(script))) + script
+    found = {*_CALLED.findall(script), *_PUSHED_BY_VARIABLE.findall(script)}
+    return _GUARD.format(checks=_check(sorted(name.upper() for name in found))) + script
 
 
 def _check(names: Sequence[str]) -> str:
     allowed = " and ".join(_ALLOWED.format(name) for name in names)
     return f"if not ({allowed}) then {_REFUSE.format(' '.join(names))} end"
-
-
-def commands_of(script: str) -> list[str]:
-    """Return the Redis commands that a script calls, sorted, in capitals."""
-    found = {*_CALLED.findall(script), *_PUSHED_BY_VARIABLE.findall(script)}
-    return sorted(name.upper() for name in found)
