@@ -19,15 +19,10 @@ CAME_BACK: Final = 1
 
 
 class Forked:
-    """Tells whether this process was forked while a loop was guarded.
+    """Tells whether this process was forked while a loop was guarded."""
 
-    Attributes:
-        here: whether it was; read where a handler returns without passing the event loop.
-        guarded: the parent's loop, and the id of the loop's thread.
-    """
-
-    here = False
-    guarded: tuple[asyncio.AbstractEventLoop, int] | None = None
+    here = False  # read where a handler returns without passing the event loop
+    guarded: tuple[asyncio.AbstractEventLoop, int] | None = None  # with the id of its thread
 
 
 def guard_forks(loop: asyncio.AbstractEventLoop) -> None:

@@ -9,11 +9,12 @@
 """
 
 import asyncio
+import faulthandler
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import cache
@@ -65,12 +66,7 @@ class Requests:
         self.first: tuple[int, float] | None = None
 
     def of(self, number: int, now: float) -> Request:
-        """Return what this signal asks for, after the earlier ones.
-
-        Args:
-            number: the signal.
-            now: seconds of a monotonic clock.
-        """
+        """Return what a signal asks for after the earlier ones; `now` is of a monotonic clock."""
         if number == TELL:
             return Request.TELL
         if number == IGNORED:
@@ -140,7 +136,7 @@ def stop_on_signals(
     _register()
     taker = _Taker(asyncio.get_running_loop(), grace, tell)
     previous = {number: signal.getsignal(number) for number in _not_ignored()}
-    watchdog.stop_printing_on(TELL)
+    faulthandler.unregister(TELL)
     for number in previous:
         signal.signal(number, taker.on_signal)
     watchdog.print_stacks_on(TELL)
@@ -150,7 +146,7 @@ def stop_on_signals(
         yield taker.stop, taker.abort
     finally:
         taker.close()
-        watchdog.stop_printing_on(TELL)
+        faulthandler.unregister(TELL)
         _early.first = None
         for number, handler in previous.items():
             # None: C code installed the handler, and Python can't restore it.
@@ -243,13 +239,7 @@ class _Taker:
         self._beat = self._loop.call_later(BEAT, self._keep_alive)
 
 
-class _Fork(threading.local):
-    """The signals that the forking thread had blocked before."""
-
-    blocked: Iterable[int] = ()
-
-
-_fork = _Fork()
+_fork = threading.local()  # `blocked`: what the forking thread had blocked before
 
 
 @cache
@@ -264,7 +254,7 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _fork.blocked)
+    signal.pthread_sigmask(signal.SIG_SETMASK, getattr(_fork, "blocked", ()))
 
 
 def _in_child() -> None:

@@ -46,11 +46,6 @@ def print_stacks_on(number: signal.Signals) -> None:
     faulthandler.register(number, file=stderr_descriptor(), chain=True)
 
 
-def stop_printing_on(number: signal.Signals) -> None:
-    """Undo `print_stacks_on`."""
-    faulthandler.unregister(number)
-
-
 class Deadline:
     """When faulthandler's only timer ends the process.
 
