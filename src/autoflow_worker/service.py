@@ -9,7 +9,7 @@ import structlog
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.errors import PartDiedError, WorkerError
-from autoflow_worker.operations.oversight import Oversight, persist
+from autoflow_worker.operations.oversight import Oversight, oversee, persist
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.definition import TaskDefinition
@@ -68,9 +68,9 @@ class WorkerService:
         """
         handed_back = 0
         try:
-            if await self._open(stop):
+            if await self._until(stop, self._connect()):
                 self._start()
-                await self._wait(stop)
+                await self._until(stop)
                 handed_back = await self._drain(abort)
         finally:
             await self._close()
@@ -83,12 +83,9 @@ class WorkerService:
         return bool(self._parts)
 
     def fail(self, error: BaseException) -> None:
-        """Close everything because foreign code ended the event loop.
+        """Close everything because foreign code ended the event loop by this error.
 
         `run` then raises `PartDiedError`, as if a part of it had died.
-
-        Args:
-            error: what the foreign code raised.
         """
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         self._fail(
@@ -106,10 +103,6 @@ class WorkerService:
             log.warning("running_job", **job)
 
     # -- open ------------------------------------------------------------------------------------
-
-    async def _open(self, stop: asyncio.Event) -> bool:
-        """Connect to everything; give up and return False if `stop` is set first."""
-        return await self._until(stop, self._connect())
 
     async def _connect(self) -> None:
         settings, timeout = self._settings, self._settings.worker_startup_timeout
@@ -145,7 +138,7 @@ class WorkerService:
                 )
             )
 
-    # -- start and wait --------------------------------------------------------------------------
+    # -- start -----------------------------------------------------------------------------------
 
     def _start(self) -> None:
         assert self._redis is not None
@@ -153,23 +146,17 @@ class WorkerService:
         for worker in self.workers:
             worker.start()
         self._overseers = [
-            asyncio.create_task(self._oversight.oversee_database(self.recorder.refusals)),
-            asyncio.create_task(self._oversight.oversee_redis(self._redis.refusals)),
+            asyncio.create_task(oversee(refusals, examine))
+            for refusals, examine in (
+                (self.recorder.refusals, self._oversight.examine_database),
+                (self._redis.refusals, self._oversight.examine_redis_anew),
+            )
         ]
         self._parts += [*self.recorder.deaths(), *self._redis.deaths(), *self._overseers]
         self._parts += [part for worker in self.workers for part in worker.deaths()]
         for part in self._parts:
             part.add_done_callback(self._note_end)
         log.info("worker_started", queues=[worker.task.queue_name for worker in self.workers])
-
-    async def _wait(self, stop: asyncio.Event) -> None:
-        """Wait until it is time to stop.
-
-        Raises:
-            PartDiedError: a part ended unasked.
-            WorkerError: a server refuses for good what the worker needs.
-        """
-        await self._until(stop)
 
     # -- failures --------------------------------------------------------------------------------
 
@@ -207,7 +194,7 @@ class WorkerService:
             Whether the work is done.
 
         Raises:
-            WorkerError: a part died, which ends the wait, too.
+            WorkerError: a part died, or a server refuses for good what the worker needs.
         """
         working = [asyncio.ensure_future(each) for each in work]
         others = [asyncio.ensure_future(each.wait()) for each in (event, self._failed)]

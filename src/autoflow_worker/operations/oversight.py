@@ -21,19 +21,13 @@ from autoflow_worker.recording.pool import CONNECT_TIMEOUT
 from autoflow_worker.recording.table import inspect_tasks_table
 from autoflow_worker.settings import Settings
 
-START_PAUSE: Final = 0.1
-"""Seconds before a server that went away during the start is examined again."""
+START_PAUSE: Final = 0.1  # seconds before a server that is away at the start is examined again
 
 T = TypeVar("T")
 
 
 class Oversight:
-    """Examines the servers of one service, as `check` does.
-
-    Args:
-        settings: checked settings.
-        queues: the queues that the service works on; at least one.
-    """
+    """Examines the servers of a service that works on these queues, as `check` does."""
 
     def __init__(self, settings: Settings, queues: Sequence[str]) -> None:
         self._settings = settings
@@ -62,16 +56,8 @@ class Oversight:
         """
         return await examine_redis(redis, self._settings.bullmq_prefix, self._queues)
 
-    async def oversee_database(self, refusals: Refusals) -> None:
-        """Watch what PostgreSQL refuses, for ever; see `_oversee`."""
-        await _oversee(refusals, self.examine_database)
-
-    async def oversee_redis(self, refusals: Refusals) -> None:
-        """Watch what Redis refuses, for ever; see `_oversee`."""
-        await _oversee(refusals, self._examine_redis_anew)
-
-    async def _examine_redis_anew(self) -> None:
-        # Over a new connection, as Redis may refuse the one that the service has.
+    async def examine_redis_anew(self) -> None:
+        """Do so over a new connection, as Redis may refuse the one that the service has."""
         redis = PipelinedRedis(self._settings.redis_url.get_secret_value())
         try:
             await redis.open(CONNECT_TIMEOUT)
@@ -80,7 +66,7 @@ class Oversight:
             await redis.aclose()
 
 
-async def _oversee(refusals: Refusals, examine: Callable[[], Awaitable[Any]]) -> None:
+async def oversee(refusals: Refusals, examine: Callable[[], Awaitable[Any]]) -> None:
     """End with an error when a server refuses for good; an outage is waited out.
 
     Raises:
