@@ -20,26 +20,16 @@ log = structlog.get_logger(__name__)
 
 
 class Finish(NamedTuple):
-    """The end of a job as its row tells it, for BullMQ.
-
-    Attributes:
-        field: `returnvalue` of a completed job, `failedReason` of a failed one.
-        value: what the field holds.
-        stack_trace: of a failure.
-    """
+    """The end of a job as its row tells it, for BullMQ."""
 
     field: str
+    """`returnvalue` or `failedReason`."""
     value: str
     stack_trace: str | None = None
 
 
 class Acknowledger:
-    """Acknowledges the jobs of one task.
-
-    Args:
-        queue: the task's queue.
-        fetcher: says whether an acknowledgement is to fetch the next job.
-    """
+    """Acknowledges the jobs of one task; its fetcher says whether to fetch the next job too."""
 
     def __init__(self, queue: JobQueue, fetcher: Fetcher) -> None:
         self._queue = queue
@@ -55,8 +45,6 @@ class Acknowledger:
         """Tell BullMQ the outcome of a job, over every outage; return the reply.
 
         Args:
-            claim: the job.
-            history: its row.
             send: runs BullMQ's script.
             finish: returns the end that the row tells, if the job ends; called if BullMQ's script
                 breaks on the job.
@@ -99,9 +87,6 @@ class Acknowledger:
         """Finish a job on which BullMQ's scripts break, or which breaks this code.
 
         Args:
-            claim: the job.
-            history: its row.
-            error: what broke.
             finish: the end that its row tells already; without it the job fails for the error.
 
         Raises:
@@ -124,8 +109,3 @@ class Acknowledger:
             # The queue or the row is broken, and not this job. The job comes again.
             reason = str(refusal)
             log.error("job_not_buried", queue=queue.name, task_id=claim.id, reason=reason)
-
-    async def drop(self, claim: Claim) -> None:
-        """Drop a job whose data Redis has lost, and whose row tells its end."""
-        await self._queue.insist(lambda: self._queue.drop(claim))
-        log.warning("finished_job_dropped", queue=self._queue.name, task_id=claim.id)

@@ -5,6 +5,7 @@ in between runs the job again, and never leaves a row that lies.
 """
 
 import asyncio
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -12,11 +13,7 @@ from uuid import uuid4
 import structlog
 
 from autoflow_worker.broker.backoff import NoBackoffError, backoff_ms
-from autoflow_worker.broker.claim import (
-    ChildrenLeftError,
-    Claim,
-    Reply,
-)
+from autoflow_worker.broker.claim import ChildrenLeftError, Claim, Reply
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.clock import now_ms
 from autoflow_worker.encoding.results import dump
@@ -43,47 +40,17 @@ class UnmovedJobError(Exception):
     """A handler raised that it had moved its job, and had not."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Attempt:
-    """One attempt at one job.
+    """One attempt at one job, with what its task has for all of them."""
 
-    Args:
-        task: the job's task.
-        queue: its queue.
-        acknowledger: tells BullMQ the outcome.
-        limit: the task's time limit.
-        threads: the task's threads.
-        claim: the job.
-        history: its row.
-    """
-
-    __slots__ = (
-        "_acknowledger",
-        "_claim",
-        "_history",
-        "_limit",
-        "_queue",
-        "_task",
-        "_threads",
-    )
-
-    def __init__(
-        self,
-        task: TaskDefinition[Any],
-        queue: JobQueue,
-        acknowledger: Acknowledger,
-        limit: TimeLimit,
-        threads: HandlerThreads,
-        *,
-        claim: Claim,
-        history: JobHistory,
-    ) -> None:
-        self._task = task
-        self._queue = queue
-        self._acknowledger = acknowledger
-        self._limit = limit
-        self._threads = threads
-        self._claim = claim
-        self._history = history
+    task: TaskDefinition[Any]
+    queue: JobQueue
+    acknowledger: Acknowledger
+    limit: TimeLimit
+    threads: HandlerThreads
+    claim: Claim
+    history: JobHistory
 
     async def run(self) -> Reply:
         """Take the job from its claim to its acknowledgement; return the acknowledgement's reply.
@@ -92,7 +59,7 @@ class Attempt:
             LockLostError: another worker has the job; nothing was recorded for this attempt.
             OutcomeRefusedError: PostgreSQL refuses the outcome, and the slot can't wait for it.
         """
-        queue, claim = self._queue, self._claim
+        queue, claim = self.queue, self.claim
         if not queue.is_surely_ours(claim):
             # This process has stood still since it asked for the job.
             await queue.make_sure_of(claim)
@@ -106,16 +73,16 @@ class Attempt:
             data = dict(data)
             correlation_id = data.pop("correlationId", None)
         try:
-            payload = self._task.parse_payload(data)
+            payload = self.task.parse_payload(data)
         except PayloadError as error:
             return await self._fail(error)
-        verdict = await self._history.start()
+        verdict = await self.history.start()
         if verdict is Verdict.CANCELLED:
             return await self._acknowledge_failure(Finish("failedReason", "the task is cancelled"))
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
         outcome = await execute(
-            self._task, payload, self._context(correlation_id), self._limit, self._threads
+            self.task, payload, self._context(correlation_id), self.limit, self.threads
         )
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
@@ -126,11 +93,11 @@ class Attempt:
         return await self._complete(outcome)
 
     def _context(self, correlation_id: object) -> TaskContext:
-        claim = self._claim
+        claim = self.claim
         return TaskContext(
             task_id=claim.id,
             correlation_id=correlation_id if isinstance(correlation_id, str) else str(uuid4()),
-            queue_name=self._queue.name,
+            queue_name=self.queue.name,
             attempt=claim.attempt,
             max_attempts=claim.max_attempts,
             make_job=lambda: claim.job,
@@ -141,11 +108,11 @@ class Attempt:
             result = patches.encoded_result(outcome.value, outcome.duration_ms)
         except NotStorableError as error:
             return await self._fail(error)
-        await self._history.complete(result)
-        send = partial(self._queue.complete, self._claim, result)
+        await self.history.complete(result)
+        send = partial(self.queue.complete, self.claim, result)
         try:
-            return await self._acknowledger.tell(
-                self._claim, self._history, send, lambda: Finish("returnvalue", dump(result))
+            return await self.acknowledger.tell(
+                self.claim, self.history, send, lambda: Finish("returnvalue", dump(result))
             )
         except ChildrenLeftError as error:
             return await self._fail(error)
@@ -158,59 +125,58 @@ class Attempt:
         if why_not:
             failure["reason"] = f"{failure['reason']} (no retry: {why_not})"
         if delay_ms is None:
-            patch = patches.failed_patch(now_ms=now, attempt=self._claim.attempt, error=failure)
+            patch = patches.failed_patch(now_ms=now, attempt=self.claim.attempt, error=failure)
         elif delay_ms > 0:
             patch = patches.delayed_patch(
-                until_ms=now + delay_ms, attempt=self._claim.attempt, error=failure
+                until_ms=now + delay_ms, attempt=self.claim.attempt, error=failure
             )
         else:
-            patch = patches.pending_patch(attempt=self._claim.attempt, error=failure)
-        verdict = await self._history.finish(patch)
+            patch = patches.pending_patch(attempt=self.claim.attempt, error=failure)
+        verdict = await self.history.finish(patch)
         if verdict is Verdict.FINISHED:
-            await self._acknowledger.drop(self._claim)
+            # Redis has lost the job's data.
+            await self.queue.insist(lambda: self.queue.drop(self.claim))
+            log.warning("finished_job_dropped", queue=self.queue.name, task_id=self.claim.id)
             return Reply()
         if verdict is Verdict.CANCELLED:
             delay_ms = None  # A cancelled task never runs again.
         told = (failure["reason"], failure.get("stackTrace"))
         log.info(
             "job_failed",
-            queue=self._queue.name,
-            task_id=self._claim.id,
-            attempt=self._claim.attempt,
+            queue=self.queue.name,
+            task_id=self.claim.id,
+            attempt=self.claim.attempt,
             retry_in_ms=delay_ms,
             reason=failure["reason"],
         )
         if delay_ms is None:
             return await self._acknowledge_failure(Finish("failedReason", *told))
         if delay_ms > 0:
-            send = partial(self._queue.delay, self._claim, now + delay_ms, *told)
-            return await self._acknowledger.tell(self._claim, self._history, send)
-        send = partial(self._queue.retry, self._claim, *told)
-        return await self._acknowledger.tell(self._claim, self._history, send)
+            send = partial(self.queue.delay, self.claim, now + delay_ms, *told)
+        else:
+            send = partial(self.queue.retry, self.claim, *told)
+        return await self.acknowledger.tell(self.claim, self.history, send)
 
     async def _next_delay(self, error: BaseException) -> tuple[int | None, str | None]:
-        """Return the ms until the next attempt, and why there is none if that needs a word.
-
-        Returns:
-            `None` in place of the ms if there is no further attempt.
-        """
+        """Return the ms until the next attempt, or None, and why there is none if not obvious."""
         never = (UnrecoverableError, PayloadError, NotStorableError)
-        claim = self._claim
+        claim = self.claim
         if isinstance(error, never) or claim.attempt >= claim.max_attempts or claim.job.discarded:
             return None, None
-        settings = self._task.worker_options.get("settings", {})
+        settings = self.task.worker_options.get("settings", {})
         try:
             delay_ms = await backoff_ms(
-                self._claim.job.opts.get("backoff"),
-                self._claim.attempt,
+                claim.job.opts.get("backoff"),
+                claim.attempt,
                 error=error,
-                job=self._claim.job,
+                job=claim.job,
                 strategy=settings.get("backoffStrategy"),
             )
         except NoBackoffError as reason:
             return None, str(reason)
         except BaseException as reason:
-            if isinstance(reason, asyncio.CancelledError) and _is_being_cancelled():
+            slot = asyncio.current_task()
+            if isinstance(reason, asyncio.CancelledError) and slot and slot.cancelling():
                 raise
             # A strategy is a task author's code: it may raise `SystemExit`, and costs its job only.
             return None, f"the backoff strategy raised {type(reason).__name__}"
@@ -218,37 +184,32 @@ class Attempt:
 
     async def _moved(self, error: BaseException) -> Reply:
         """Record where the handler says that it moved its own job."""
-        if await self._queue.still_has(self._claim):
+        if await self.queue.still_has(self.claim):
             reason = UnmovedJobError(f"the handler raised {type(error).__name__} without moving")
             reason.__cause__ = error
             return await self._fail(reason)
         if isinstance(error, WaitingChildrenError):
             patch = patches.handed_back_patch()
         else:
-            due = await self._queue.insist(lambda: self._queue.due_at(self._claim))
+            due = await self.queue.insist(lambda: self.queue.due_at(self.claim))
             if due is None:  # The job was due at once, and has been fetched again.
                 return Reply()
             patch = patches.moved_to_delayed_patch(until_ms=due)
-        await self._history.follow(patch)
+        await self.history.follow(patch)
         return Reply()
 
     async def _acknowledge_failure(self, finish: Finish) -> Reply:
-        send = partial(self._queue.fail, self._claim, finish.value, finish.stack_trace)
-        return await self._acknowledger.tell(self._claim, self._history, send, lambda: finish)
+        send = partial(self.queue.fail, self.claim, finish.value, finish.stack_trace)
+        return await self.acknowledger.tell(self.claim, self.history, send, lambda: finish)
 
     async def _advance_scheduler(self, scheduler: str) -> None:
         try:
-            await self._queue.insist(lambda: self._queue.advance_scheduler(self._claim))
+            await self.queue.insist(lambda: self.queue.advance_scheduler(self.claim))
         except Exception as error:
             # The job itself is sound, and runs. As with Node, only its successor is missing.
             log.error(
                 "job_scheduler_not_advanced",
-                queue=self._queue.name,
+                queue=self.queue.name,
                 scheduler=scheduler,
                 reason=str(error),
             )
-
-
-def _is_being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

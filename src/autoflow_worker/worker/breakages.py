@@ -20,18 +20,15 @@ class Breakages:
 
     Attributes:
         in_a_row: pauses since the last success; 0 if the last attempt did not break its slot.
-        last: what broke last.
     """
 
     def __init__(self) -> None:
         self.in_a_row = 0
-        self.last: Exception | None = None
         self._pauses = Pauses(FIRST_PAUSE, FIRST_PAUSE * 2**MAX_BREAKAGES)
         self._until = 0.0
 
-    def note(self, error: Exception) -> None:
+    def note(self) -> None:
         """Begin a pause because a slot broke, unless the task pauses already."""
-        self.last = error
         now = asyncio.get_running_loop().time()
         if now >= self._until:
             self._until = now + self._pauses.take()

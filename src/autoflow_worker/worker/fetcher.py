@@ -22,7 +22,6 @@ class Fetcher:
     """Fetches the jobs for the slots of one TaskWorker, until it is stopped.
 
     Args:
-        queue: the queue.
         running: the claims that are held right now.
         drain_delay: seconds, BullMQ's `drainDelay`: an idle queue costs one command in that time.
         threads: the task's threads; no job is fetched that would find none.

@@ -21,6 +21,9 @@ log = structlog.get_logger(__name__)
 UNWIND_PATIENCE: Final = 0.5
 """Seconds that a cancelled handler has to clean up before it is left behind."""
 
+# An eager task that waits for nothing has ended when it is made.
+_EAGER: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
 # asyncio holds only weak references: a handler that is left behind must not be collected.
 _strays: set[asyncio.Future[Any]] = set()
 
@@ -31,13 +34,7 @@ class HandlerCancelledError(Exception):
 
 @dataclass(slots=True)
 class Outcome:
-    """What an attempt came to: a value, or an error.
-
-    Attributes:
-        value: what the handler returned; None if `error` is set.
-        error: what it raised, with its traceback.
-        duration_ms: from the handler's start to its end.
-    """
+    """What an attempt came to: a value, or an error, and how long the handler ran."""
 
     value: Any
     error: BaseException | None
@@ -105,28 +102,19 @@ def task_name(queue_name: str, task_id: str) -> str:
 
 
 def _start(call: Awaitable[Any], ended: Ended, context: TaskContext) -> asyncio.Task[Any]:
-    handler = _new_task(_contain(call, ended), task_name(context.queue_name, context.task_id))
+    handler = asyncio.Task(
+        _contain(call, ended),
+        loop=asyncio.get_running_loop(),
+        name=task_name(context.queue_name, context.task_id),
+        **_EAGER,
+    )
+    if Forked.here:
+        end_of_child()
     if not handler.done():
         # If the task is cancelled before its first step, `_contain` never runs; this callback
         # reports the end.
         handler.add_done_callback(partial(_end_of, ended))
     return handler
-
-
-if sys.version_info >= (3, 12):
-
-    def _new_task(call: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        """Start an eager task: a handler that waits for nothing has ended when this returns."""
-        loop = asyncio.get_running_loop()
-        handler = asyncio.Task(call, loop=loop, name=name, eager_start=True)
-        if Forked.here:
-            end_of_child()
-        return handler
-
-else:
-
-    def _new_task(call: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        return asyncio.Task(call, loop=asyncio.get_running_loop(), name=name)
 
 
 def _end_of(ended: Ended, _handler: asyncio.Future[Any]) -> None:
@@ -176,7 +164,7 @@ async def _contain(call: Awaitable[Any], ended: Ended) -> Any:
     except (Exception, asyncio.CancelledError):
         raise
     except BaseException as error:
-        raise HandlerExitError(f"the handler raised {type(error).__name__}: {error}") from error
+        raise HandlerExitError(error) from error
     finally:
         # A done callback would run one turn of the event loop later.
         end(ended, None)

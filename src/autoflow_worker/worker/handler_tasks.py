@@ -7,7 +7,7 @@ import asyncio
 import os
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from autoflow_worker.worker.threads import HandlerExitError
 
@@ -42,13 +42,13 @@ class Contained(Coroutine[Any, Any, Any]):
         try:
             return self._coro.send(value)
         except (SystemExit, KeyboardInterrupt) as error:
-            _contain(error)
+            raise HandlerExitError(error) from error
 
     def throw(self, *error: Any) -> Any:
         try:
             return self._coro.throw(*error)
         except (SystemExit, KeyboardInterrupt) as raised:
-            _contain(raised)
+            raise HandlerExitError(raised) from raised
 
     def close(self) -> None:
         self._coro.close()
@@ -59,7 +59,3 @@ class Contained(Coroutine[Any, Any, Any]):
     def __getattr__(self, name: str) -> Any:
         # `cr_frame`, `__qualname__` and the like: the task shows the coroutine's stack and repr.
         return getattr(self._coro, name)
-
-
-def _contain(error: BaseException) -> NoReturn:
-    raise HandlerExitError(f"the handler raised {type(error).__name__}: {error}") from error

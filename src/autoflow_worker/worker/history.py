@@ -2,21 +2,22 @@
 
 import asyncio
 from collections.abc import Awaitable, Mapping
-from typing import Any, Final, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import structlog
 
 from autoflow_worker.broker.claim import Claim
+from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.clock import now_ms
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.recording.write import NewRow, Verdict, Write
-from autoflow_worker.worker.held_outcomes import HeldOutcomes
 
 log = structlog.get_logger(__name__)
 
 REFUSAL_PATIENCE: Final = 5.0
-"""Seconds that a slot waits with a refused outcome while `HeldOutcomes` has no room for it."""
+"""Seconds that a slot waits with a refused outcome while too many others do."""
 
 RERUN_PATIENCE: Final = 1.0
 """Seconds that recording a job as delayed may take; then the job is handed back all the same."""
@@ -26,17 +27,7 @@ class OutcomeRefusedError(Exception):
     """PostgreSQL refuses an outcome, and too many slots wait with theirs: the job runs again."""
 
 
-class Locks(Protocol):
-    """The part of a `JobQueue` that a history needs."""
-
-    @property
-    def name(self) -> str: ...
-
-    async def make_sure_of(self, claim: Claim) -> None:
-        """Ask Redis whose the job is; raise `LockLostError` if it is not ours any more."""
-        ...
-
-
+@dataclass(slots=True, eq=False, repr=False)
 class JobHistory:
     """Records the start and the outcome of one attempt in its job's row.
 
@@ -44,51 +35,25 @@ class JobHistory:
     attempt's own start. So a late write of an older attempt never overwrites a newer attempt's. If
     the row shows another start, the job's lock decides: a clock may be wrong, the API may have
     reset the row, or there is a newer attempt.
-
-    Args:
-        recorder: writes the patches.
-        queue: the job's queue; rows of other queues are left alone.
-        claim: the attempt.
-        held: limits how many slots wait with outcomes that PostgreSQL refuses.
-        record_unknown_jobs: whether a job without a row gets one (contract, section 4).
     """
 
-    __slots__ = (
-        "_claim",
-        "_held",
-        "_is_redirected",
-        "_late",
-        "_may_be_new",
-        "_new_row",
-        "_queue",
-        "_record_unknown_jobs",
-        "_recorded",
-        "_recorder",
-        "_row_id",
-        "_start",
-    )
+    recorder: StatusRecorder
+    queue: JobQueue
+    claim: Claim
+    held: asyncio.Semaphore
+    """The slots that may yet wait with outcomes that PostgreSQL refuses."""
+    record_unknown_jobs: bool = field(kw_only=True)
+    """Whether a job without a row gets one (contract, section 4)."""
+    _row_id: str = field(init=False)
+    _new_row: NewRow | None = field(default=None, init=False)
+    _may_be_new: bool = field(default=True, init=False)
+    _is_redirected: bool = field(default=False, init=False)
+    _start: Mapping[str, Any] | None = field(default=None, init=False)
+    _late: Write | None = field(default=None, init=False)
+    _recorded: bool = field(default=True, init=False)
 
-    def __init__(
-        self,
-        recorder: StatusRecorder,
-        queue: Locks,
-        claim: Claim,
-        held: HeldOutcomes,
-        *,
-        record_unknown_jobs: bool,
-    ) -> None:
-        self._recorder = recorder
-        self._queue = queue
-        self._claim = claim
-        self._held = held
-        self._row_id = patches.row_id(queue.name, claim.id)
-        self._record_unknown_jobs = record_unknown_jobs
-        self._new_row: NewRow | None = None
-        self._may_be_new = True
-        self._is_redirected = False
-        self._start: Mapping[str, Any] | None = None
-        self._late: Write | None = None
-        self._recorded = True
+    def __post_init__(self) -> None:
+        self._row_id = patches.row_id(self.queue.name, self.claim.id)
 
     async def start(self) -> Verdict:
         """Record the start, and wait for its commit, within the recorder's `START_PATIENCE`.
@@ -101,7 +66,7 @@ class JobHistory:
         """
         # The time of the claim, not of the write: it tells claims apart, and a late write of an
         # older claim must look old.
-        claim = self._claim
+        claim = self.claim
         patch = self._start = patches.active_patch(
             now_ms=claim.claimed_ms, attempt=claim.attempt, again=claim.attempts_started > 1
         )
@@ -113,7 +78,7 @@ class JobHistory:
                 self._may_be_new, self._new_row = False, None
                 return verdict
             if verdict is Verdict.CONTESTED:
-                await self._queue.make_sure_of(self._claim)
+                await self.queue.make_sure_of(self.claim)
                 since = None
             elif not self._finds_its_row(verdict):
                 break
@@ -139,7 +104,7 @@ class JobHistory:
         """
         verdict = await self._tell(patch)
         if verdict is Verdict.CONTESTED:
-            await self._queue.make_sure_of(self._claim)
+            await self.queue.make_sure_of(self.claim)
             # PostgreSQL may have lost this attempt's start in a crash, so write it along.
             verdict = await self._persist(self._submit({**(self._start or {}), **patch}))
         return verdict
@@ -188,14 +153,14 @@ class JobHistory:
         self._may_be_new = False
         self._new_row = None
         self._recorded = verdict is not Verdict.MISSING and verdict is not Verdict.UNUSABLE
-        if verdict is Verdict.MISSING and self._record_unknown_jobs:
-            log.info("job_without_row", queue=self._queue.name, task_id=self._claim.id)
+        if verdict is Verdict.MISSING and self.record_unknown_jobs:
+            log.info("job_without_row", queue=self.queue.name, task_id=self.claim.id)
 
     def _finds_its_row(self, verdict: Verdict) -> bool:
         """Prepare to send a write again that found no row of this job; False if there is none."""
         if verdict is Verdict.FOREIGN:
             # Another queue's task has this id, so this job gets a row of its own.
-            self._row_id = patches.own_row_id(self._queue.name, self._row_id)
+            self._row_id = patches.own_row_id(self.queue.name, self._row_id)
             self._is_redirected = True
             return True
         if verdict is Verdict.MISSING and self._new_row is None and self._may_make_row:
@@ -211,18 +176,18 @@ class JobHistory:
         attempt. So a row that is missing later was deleted, and stays deleted. The first attempt
         may take several claims: a worker that died after its claim may not have made the row.
         """
-        claim = self._claim
+        claim = self.claim
         return (
-            self._record_unknown_jobs
+            self.record_unknown_jobs
             and self._may_be_new
             and claim.attempt == 1
             and (self._is_redirected or not patches.is_task_of_api(claim.id, claim.options))
         )
 
     def _made_row(self) -> NewRow:
-        claim = self._claim
+        claim = self.claim
         row = patches.unknown_job_row(
-            self._queue.name, data=claim.data, options=claim.options, timestamp=claim.timestamp
+            self.queue.name, data=claim.data, options=claim.options, timestamp=claim.timestamp
         )
         return NewRow(patches.encode(row), patches.encode({**row, "payload": {}}))
 
@@ -237,22 +202,19 @@ class JobHistory:
         Raises:
             OutcomeRefusedError: the write was withdrawn.
         """
-        is_held = self._held.enter()
-        if not is_held:
+        if self.held.locked():
             try:
                 await asyncio.wait({write.settled}, timeout=REFUSAL_PATIENCE)
             except asyncio.CancelledError:
                 write.settled.cancel()
                 raise
+        if self.held.locked():
             if not write.settled.done():
-                is_held = self._held.enter()
-                if not is_held:
-                    self._recorder.withdraw(write)
-        try:
+                self.recorder.withdraw(write)
             verdict = await write.settled
-        finally:
-            if is_held:
-                self._held.leave()
+        else:
+            async with self.held:
+                verdict = await write.settled
         if verdict is Verdict.WITHDRAWN:
             raise OutcomeRefusedError("PostgreSQL refuses the row; the log says why")
         return verdict
@@ -262,12 +224,12 @@ class JobHistory:
     ) -> Write:
         write = Write(
             self._row_id,
-            self._queue.name,
+            self.queue.name,
             patch,
             patches.encode(dict(patch)),
             since=since,
             fence=fence,
-            unfinished=self._claim.is_bare,
+            unfinished=self.claim.is_bare,
             new_row=self._new_row,
         )
-        return self._recorder.submit(write)
+        return self.recorder.submit(write)

@@ -19,13 +19,7 @@ STALLED_INTERVAL_MS: Final = 30_000
 
 
 class Maintenance:
-    """The endless loops of one TaskWorker that are not slots.
-
-    Args:
-        queue: the queue.
-        running: the claims that are held right now.
-        options: BullMQ worker options.
-    """
+    """The endless loops of one TaskWorker that are not slots; `running` is what it holds."""
 
     def __init__(
         self, queue: JobQueue, running: Collection[Claim], options: Mapping[str, Any]

@@ -16,10 +16,6 @@ def running_jobs(queue: str, slots: Mapping[Claim, asyncio.Task[None]]) -> Itera
 
     The stack of a handler that is no `async def` is that of its thread, which is not shown. Such a
     job shows where its slot waits.
-
-    Args:
-        queue: the jobs' queue.
-        slots: the slot of each job.
     """
     tasks = {task.get_name(): task for task in asyncio.all_tasks()}
     for claim, slot in slots.items():

@@ -26,7 +26,6 @@ from autoflow_worker.worker.breakages import MAX_BREAKAGES, Breakages
 from autoflow_worker.worker.fetcher import Fetcher
 from autoflow_worker.worker.hand_back import HandBack
 from autoflow_worker.worker.handler import UNWIND_PATIENCE
-from autoflow_worker.worker.held_outcomes import HeldOutcomes
 from autoflow_worker.worker.history import JobHistory, OutcomeRefusedError
 from autoflow_worker.worker.maintenance import Maintenance
 from autoflow_worker.worker.running_jobs import running_jobs
@@ -49,9 +48,7 @@ class TaskWorker:
     """Runs the jobs of one task.
 
     Args:
-        task: the task.
-        queue: its queue; opened by the caller, and closed with the shared Redis client.
-        recorder: records the statuses.
+        queue: the task's; opened by the caller, and closed with the shared Redis client.
         concurrency: slots.
         record_unknown_jobs: whether a job without a row gets one (contract, section 4).
     """
@@ -73,7 +70,7 @@ class TaskWorker:
         self._id = uuid4().hex
         self._running: dict[Claim, JobHistory] = {}
         # The other slots go on working, whatever rows PostgreSQL refuses.
-        self._held_outcomes = HeldOutcomes(concurrency // 2)
+        self._held_outcomes = asyncio.Semaphore(concurrency // 2)
         self._closed = False
         self._threads = HandlerThreads(task.queue_name, limit=concurrency)
         self._breakages = Breakages()
@@ -207,8 +204,8 @@ class TaskWorker:
             self._acknowledger,
             self._limit,
             self._threads,
-            claim=claim,
-            history=history,
+            claim,
+            history,
         )
         following = None
         try:
@@ -223,11 +220,14 @@ class TaskWorker:
             raise
         except Exception as error:
             log.exception("attempt_broken", queue=self._queue.name, task_id=claim.id)
-            self._breakages.note(error)
+            self._breakages.note()
             await self._settle_broken(claim, history, error)
             if self._breakages.too_many:
                 del self._running[claim]
-                raise TaskBrokenError(self._why_broken()) from None
+                raise TaskBrokenError(
+                    f"the task {self.task.queue_name!r} broke {MAX_BREAKAGES} times in a row, "
+                    f"without one success: {type(error).__name__}: {error}"
+                ) from None
         del self._running[claim]
         return following
 
@@ -258,10 +258,3 @@ class TaskWorker:
 
     def _log_loss(self, claim: Claim, error: LockLostError) -> None:
         log.warning("job_lost", queue=self._queue.name, task_id=claim.id, reason=str(error))
-
-    def _why_broken(self) -> str:
-        error = self._breakages.last
-        return (
-            f"the task {self.task.queue_name!r} broke {MAX_BREAKAGES} times in a row, without one "
-            f"success: {type(error).__name__}: {error}"
-        )

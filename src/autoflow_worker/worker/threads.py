@@ -6,32 +6,42 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 
 log = structlog.get_logger(__name__)
 
-THREAD_NAME: Final = "handler of "
-"""The names of these threads begin with this; their tasks' queues follow."""
+THREAD_NAME: Final = "handler of "  # `process.leaving` knows these threads by it
 
 
 class HandlerExitError(Exception):
-    """The handler tried to end the process."""
+    """The handler tried to end the process, as by `SystemExit`."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"the handler raised {type(error).__name__}: {error}")
+        self.__cause__ = error
 
 
 class NoThreadError(Exception):
     """The machine gives no thread for a handler."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Stray:
+class _Stray(NamedTuple):
     """A thread that still runs after its attempt has ended."""
 
     thread: threading.Thread
     task_id: str
     since: float
+
+    def description(self) -> dict[str, Any]:
+        # The only way to another thread's frame.
+        frame = sys._current_frames().get(self.thread.ident or 0)  # noqa: SLF001
+        return {
+            "task_id": self.task_id,
+            "left_for_s": round(time.monotonic() - self.since, 1),
+            "at": f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "",
+        }
 
 
 class HandlerThreads:
@@ -40,13 +50,6 @@ class HandlerThreads:
     A thread can't be interrupted, so a handler that runs past its time limit leaves its thread
     behind. When `limit` threads are left behind, the task takes no further job until one of them
     ends. So handlers that hang use up neither the machine's threads nor its memory.
-
-    Args:
-        queue_name: the task's queue.
-        limit: threads that may be left behind.
-
-    Attributes:
-        has_room: whether a further job may be taken; read for each job.
     """
 
     def __init__(self, queue_name: str, limit: int) -> None:
@@ -66,9 +69,6 @@ class HandlerThreads:
         """Call a handler in a thread of its own; return a future of its result.
 
         The thread is a daemon, so that it does not hold up the process's exit.
-
-        Args:
-            call: calls the handler.
 
         Raises:
             NoThreadError: the machine gives no further thread; nothing was called.
@@ -99,12 +99,7 @@ class HandlerThreads:
         return future
 
     def leave_behind(self, future: asyncio.Future[Any], task_id: str) -> None:
-        """Count a thread as left behind: its attempt has ended, and the call has not.
-
-        Args:
-            future: what `run` returned.
-            task_id: the job's id, for the log.
-        """
+        """Count the thread of this future as left behind: its attempt has ended, it has not."""
         thread = self._threads.get(future)
         if thread is None:
             return
@@ -116,7 +111,7 @@ class HandlerThreads:
                 "handlers_stuck",
                 queue=self._queue_name,
                 reason="the task takes no further job until one of these handlers ends",
-                handlers=[_description(stray) for stray in self._strays.values()],
+                handlers=[stray.description() for stray in self._strays.values()],
             )
 
     def _forget(self, future: asyncio.Future[Any]) -> None:
@@ -135,18 +130,4 @@ def _deliver(future: asyncio.Future[Any], value: Any, error: BaseException | Non
     elif isinstance(error, Exception) and not isinstance(error, StopIteration):
         future.set_exception(error)
     else:
-        exit_error = HandlerExitError(f"the handler raised {type(error).__name__}: {error}")
-        exit_error.__cause__ = error
-        future.set_exception(exit_error)
-
-
-def _description(stray: _Stray) -> dict[str, Any]:
-    """Return a stray's job, the seconds since it was left behind, and the line that it runs."""
-    # The only way to another thread's frame.
-    frame = sys._current_frames().get(stray.thread.ident or 0)  # noqa: SLF001
-    at = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-    return {
-        "task_id": stray.task_id,
-        "left_for_s": round(time.monotonic() - stray.since, 1),
-        "at": at,
-    }
+        future.set_exception(HandlerExitError(error))

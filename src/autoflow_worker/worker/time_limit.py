@@ -25,10 +25,7 @@ class TimeLimit:
     """The time limit of one task's attempts.
 
     All attempts have the same limit, so they run out of time in the order in which they started,
-    and one timer serves all of them.
-
-    Args:
-        timeout_ms: of one attempt, in ms; None: no limit.
+    and one timer serves all of them. Without a `timeout_ms` there is no limit.
     """
 
     def __init__(self, timeout_ms: int | None) -> None:

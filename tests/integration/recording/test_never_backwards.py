@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import os
 from dataclasses import dataclass
-from typing import Any, LiteralString
+from typing import Any, LiteralString, cast
 
 import pytest
 from hypothesis import HealthCheck, assume, settings
@@ -29,10 +29,10 @@ from hypothesis.stateful import (
 from psycopg.types.json import Jsonb
 
 from autoflow_worker.broker.claim import Claim, LockLostError
+from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.recording.write import Verdict
-from autoflow_worker.worker.held_outcomes import HeldOutcomes
 from autoflow_worker.worker.history import JobHistory
 from tests.support.database import Connection
 
@@ -149,9 +149,8 @@ class Interleaving(RuleBasedStateMachine):
         claim = Claim(None, {"name": QUEUE}, self.row_id, "token", 0.0)
         claim.claimed_ms, claim.attempt = self.clock_ms + skew_ms, 1
         claim.attempts_started = len(self.attempts) + 1
-        history = JobHistory(
-            self.stores.recorder, self, claim, HeldOutcomes(1), record_unknown_jobs=False
-        )
+        queue, held = cast(JobQueue, self), asyncio.Semaphore(1)
+        history = JobHistory(self.stores.recorder, queue, claim, held, record_unknown_jobs=False)
         attempt = Attempt(history, claim, self.clock_ms + skew_ms, skew_ms)
         self.attempts.append(attempt)
         self.holder, self.waiting = attempt, False
