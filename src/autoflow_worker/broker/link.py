@@ -6,7 +6,7 @@ connection.
 """
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import Any, Protocol, cast
 
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
@@ -15,8 +15,12 @@ from redis.exceptions import InvalidResponse, NoPermissionError
 
 from autoflow_worker.broker.replies import INCOMPLETE, WrongServerError, new_reader
 
-if TYPE_CHECKING:
-    from autoflow_worker.broker.channel import Channel
+
+class Listener(Protocol):
+    """Hears what comes over a link: a `Channel`."""
+
+    def on_reply(self, reply: Any) -> None: ...
+    def on_lost(self, link: "Link", reason: str) -> None: ...
 
 
 class Link(asyncio.Protocol):
@@ -28,7 +32,7 @@ class Link(asyncio.Protocol):
     """
 
     def __init__(
-        self, connection: AbstractConnection, client_id: object, channel: "Channel"
+        self, connection: AbstractConnection, client_id: object, channel: Listener
     ) -> None:
         if not isinstance(client_id, int):
             raise InvalidResponse(f"this is no Redis server: its client's id is {client_id!r}")
@@ -62,7 +66,7 @@ class Link(asyncio.Protocol):
 
 
 async def connect(
-    pool: ConnectionPool, client_name: str | None, channel: "Channel", *, refuse_replica: bool
+    pool: ConnectionPool, client_name: str | None, channel: Listener, *, refuse_replica: bool
 ) -> Link:
     """Let redis-py connect and authenticate, then take the socket over from it.
 
