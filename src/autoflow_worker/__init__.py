@@ -6,9 +6,9 @@ from autoflow_worker.broker.libraries import mismatch_of_import
 from autoflow_worker.errors import PayloadError, WorkerError
 
 try:
+    from autoflow_worker.tasks.context import TaskContext
     from autoflow_worker.tasks.definition import (
         DelayedError,
-        TaskContext,
         TaskDefinition,
         TaskOptions,
         UnrecoverableError,

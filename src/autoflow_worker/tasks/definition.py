@@ -3,25 +3,20 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 # BullMQ's own exceptions: a handler raises them to delay, fail or park its job.
 from bullmq.custom_errors import DelayedError, UnrecoverableError, WaitingChildrenError
 from pydantic import TypeAdapter
 
 from autoflow_worker.errors import TaskListError
-from autoflow_worker.logs.configure import job_logger
 from autoflow_worker.tasks import payload as payloads
+from autoflow_worker.tasks.context import TaskContext
 from autoflow_worker.tasks.worker_options import MAX_MS, WorkerOptions, check_worker_options
-
-if TYPE_CHECKING:
-    from bullmq import Job
-    from structlog.typing import FilteringBoundLogger
 
 __all__ = [
     "PRIORITIES",
     "DelayedError",
-    "TaskContext",
     "TaskDefinition",
     "TaskOptions",
     "UnrecoverableError",
@@ -60,65 +55,6 @@ class TaskOptions:
     backoff_ms: int = 1000
     timeout_ms: int | None = 30_000
     concurrency: int | None = None
-
-
-class TaskContext:
-    """What a handler gets to know about its job, besides the payload.
-
-    Attributes:
-        task_id: the job's id, which is also the id of its row.
-        correlation_id: the producer's, or a generated one.
-        queue_name: the queue, which is the task's name.
-        attempt: the number of this attempt, from 1.
-        max_attempts: how many attempts the job has at most.
-    """
-
-    __slots__ = (
-        "_job",
-        "_make_job",
-        "attempt",
-        "correlation_id",
-        "max_attempts",
-        "queue_name",
-        "task_id",
-    )
-
-    def __init__(
-        self,
-        *,
-        task_id: str,
-        correlation_id: str,
-        queue_name: str,
-        attempt: int = 1,
-        max_attempts: int = 1,
-        job: "Job" = None,
-        make_job: "Callable[[], Job] | None" = None,
-    ) -> None:
-        self.task_id = task_id
-        self.correlation_id = correlation_id
-        self.queue_name = queue_name
-        self.attempt = attempt
-        self.max_attempts = max_attempts
-        self._job = job
-        self._make_job = make_job
-
-    @property
-    def job(self) -> "Job":
-        """The bullmq ``Job``, for progress, logs, children and moves; made at the first access."""
-        if self._job is None and self._make_job is not None:
-            self._job = self._make_job()
-        return self._job
-
-    @property
-    def logger(self) -> "FilteringBoundLogger":
-        """A structlog logger that is bound to this context's attributes; made at each access."""
-        return job_logger(
-            task_id=self.task_id,
-            queue_name=self.queue_name,
-            attempt=self.attempt,
-            max_attempts=self.max_attempts,
-            correlation_id=self.correlation_id,
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

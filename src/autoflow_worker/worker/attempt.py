@@ -20,9 +20,9 @@ from autoflow_worker.encoding.results import dump
 from autoflow_worker.errors import NotStorableError, PayloadError
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.write import Verdict
+from autoflow_worker.tasks.context import TaskContext
 from autoflow_worker.tasks.definition import (
     DelayedError,
-    TaskContext,
     TaskDefinition,
     UnrecoverableError,
     WaitingChildrenError,

@@ -12,7 +12,8 @@ from typing import Any, Final, cast
 import structlog
 
 from autoflow_worker.process.forks import Forked, end_of_child
-from autoflow_worker.tasks.definition import TaskContext, TaskDefinition
+from autoflow_worker.tasks.context import TaskContext
+from autoflow_worker.tasks.definition import TaskDefinition
 from autoflow_worker.worker.threads import HandlerExitError, HandlerThreads
 from autoflow_worker.worker.time_limit import Ended, TimeLimit, end
 
