@@ -83,7 +83,8 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
 
     Needs REDIS_URL, DATABASE_URL and a task list. SIGTERM or SIGINT stops it: running jobs have
     WORKER_SHUTDOWN_GRACE seconds to finish, then they are handed back to their queues. A second
-    signal, at least a second later, hands them back at once. SIGUSR1 prints what runs.
+    signal, at least a second later, hands them back at once. SIGUSR1 prints what runs. SIGTSTP
+    makes the worker quiet: it finishes what runs and fetches nothing more, until SIGCONT.
     """
     from autoflow_worker.process.signals import hold_signals
     from autoflow_worker.process.watchdog import leave_stacks
@@ -109,7 +110,7 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
 
 def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") -> int:
     from autoflow_worker.process.forks import guard_forks
-    from autoflow_worker.process.signals import stop_on_signals
+    from autoflow_worker.process.signals import QUIET, TELL, WAKE, stop_on_signals
     from autoflow_worker.service import WorkerService
     from autoflow_worker.worker.handler_tasks import contain_tasks
 
@@ -119,12 +120,13 @@ def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") ->
     gc.set_threshold(10_000)
 
     service = WorkerService(settings, tasks)
+    calls = {TELL: service.tell, QUIET: service.be_quiet, WAKE: service.wake}
 
     async def run() -> int:
         loop = asyncio.get_running_loop()
         guard_forks(loop)
         contain_tasks(loop)
-        with stop_on_signals(settings.worker_shutdown_grace, service.tell) as (stop, abort):
+        with stop_on_signals(settings.worker_shutdown_grace, calls) as (stop, abort):
             return await service.run(stop, abort)
 
     return run_to_its_end(run(), service.fail)

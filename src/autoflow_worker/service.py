@@ -55,6 +55,7 @@ class WorkerService:
         self._parts: list[Part] = []
         self._failure: WorkerError | None = None
         self._failed = asyncio.Event()
+        self._is_quiet = False
         self._is_closing = False
 
     async def run(self, stop: asyncio.Event, abort: asyncio.Event) -> int:
@@ -94,6 +95,21 @@ class WorkerService:
                 "handler left there, as a rule. The log has the traceback"
             )
         )
+
+    def be_quiet(self) -> None:
+        """Fetch nothing more until `wake`; what runs goes on, and so does the worker."""
+        self._set_quiet(True)
+
+    def wake(self) -> None:
+        """Fetch again after `be_quiet`."""
+        self._set_quiet(False)
+
+    def _set_quiet(self, quiet: bool) -> None:
+        if quiet != self._is_quiet:
+            self._is_quiet = quiet
+            log.info("worker_quiet" if quiet else "worker_awake")
+            for worker in self.workers:
+                worker.set_quiet(quiet)
 
     def tell(self) -> None:
         """Log what runs."""
@@ -144,6 +160,7 @@ class WorkerService:
         assert self._redis is not None
         assert self.recorder is not None
         for worker in self.workers:
+            worker.set_quiet(self._is_quiet)
             worker.start()
         self._overseers = [
             asyncio.create_task(oversee(refusals, examine))

@@ -1,4 +1,4 @@
-"""Signals as requests: stop, stop at once, tell what runs.
+"""Signals as requests: stop, stop at once, tell what runs, be quiet.
 
 | signal | effect |
 |---|---|
@@ -6,6 +6,7 @@
 | SIGHUP, SIGQUIT | stop |
 | SIGUSR1 | print the stacks of all threads, and what runs |
 | SIGUSR2 | nothing |
+| SIGTSTP, SIGCONT | be quiet, wake up again; only where the caller handles them |
 """
 
 import asyncio
@@ -14,11 +15,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import cache
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Final
 
 import structlog
@@ -32,7 +33,12 @@ STOP_OR_ABORT: Final = (signal.SIGTERM, signal.SIGINT)
 STOP: Final = (signal.SIGHUP, signal.SIGQUIT)
 TELL: Final = signal.SIGUSR1
 IGNORED: Final = signal.SIGUSR2
+QUIET: Final = signal.SIGTSTP
+WAKE: Final = signal.SIGCONT
 SIGNALS: Final = (*STOP_OR_ABORT, *STOP, TELL, IGNORED)
+"""Those that are always handled."""
+
+Calls = Mapping[signal.Signals, Callable[[], None]]
 
 SAME_WITHIN: Final = 1.0
 """Seconds within which another signal is the same request. make and supervisors signal a whole
@@ -51,24 +57,28 @@ class Request(Enum):
     STOP = "stop"
     SAME = "the same as the last"
     ABORT = "abort"
-    TELL = "tell"
+    CALL = "call the function of the signal"
     NOTHING = "nothing"
 
 
 class Requests:
     """Turns signals into requests.
 
+    Args:
+        calls: the signals that have a function, which replaces what they ask for.
+
     Attributes:
         first: the signal that asked to stop, and when; ``None``: no signal did yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Collection[int] = ()) -> None:
+        self._calls = {*calls, TELL}
         self.first: tuple[int, float] | None = None
 
     def of(self, number: int, now: float) -> Request:
         """Return what a signal asks for after the earlier ones; `now` is of a monotonic clock."""
-        if number == TELL:
-            return Request.TELL
+        if number in self._calls:
+            return Request.CALL
         if number == IGNORED:
             return Request.NOTHING
         if self.first is None:
@@ -95,9 +105,9 @@ def hold_signals() -> None:
     watchdog.print_stacks_on(TELL)
 
 
-def _not_ignored() -> Sequence[signal.Signals]:
+def _not_ignored(numbers: Collection[signal.Signals] = SIGNALS) -> Sequence[signal.Signals]:
     # `nohup` ignores SIGHUP, so that the worker outlives its terminal.
-    return [n for n in SIGNALS if n not in STOP or signal.getsignal(n) != signal.SIG_IGN]
+    return [n for n in numbers if n not in STOP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def _hold(number: int, _frame: FrameType | None) -> None:
@@ -112,7 +122,7 @@ def _hold(number: int, _frame: FrameType | None) -> None:
 
 @contextmanager
 def stop_on_signals(
-    grace: float | None = None, tell: Callable[[], None] | None = None
+    grace: float | None = None, calls: Calls = MappingProxyType({})
 ) -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
     """Yield two events: ``stop`` is set by the first signal, ``abort`` by a later one.
 
@@ -131,11 +141,12 @@ def stop_on_signals(
     Args:
         grace: seconds from the signal to the deadline. The watchdog ends a loop that is blocked
             `watchdog.PATIENCE` seconds past the deadline. ``None``: no watchdog.
-        tell: the loop calls it at SIGUSR1.
+        calls: what the loop calls at a signal, in place of what the signal asks for.
     """
     _register()
-    taker = _Taker(asyncio.get_running_loop(), grace, tell)
-    previous = {number: signal.getsignal(number) for number in _not_ignored()}
+    taker = _Taker(asyncio.get_running_loop(), grace, calls)
+    handled = _not_ignored({*SIGNALS, *calls})
+    previous = {number: signal.getsignal(number) for number in handled}
     faulthandler.unregister(TELL)
     for number in previous:
         signal.signal(number, taker.on_signal)
@@ -160,15 +171,15 @@ class _Taker:
         self,
         loop: asyncio.AbstractEventLoop,
         grace: float | None,
-        tell: Callable[[], None] | None,
+        calls: Calls,
     ) -> None:
         self.stop, self.abort = asyncio.Event(), asyncio.Event()
         self._loop = loop
         self._grace = grace
-        self._tell = tell
-        self._requests = Requests()
+        self._calls = calls
+        self._requests = Requests(calls)
         # The listener's thread may see a signal later than the main thread, so it counts by itself.
-        self._listeners_requests = Requests()
+        self._listeners_requests = Requests(calls)
         self._deadline = 0.0
         self._beat: asyncio.TimerHandle | None = None
         self._listener = None if grace is None else SignalListener(self._on_number)
@@ -225,10 +236,10 @@ class _Taker:
                 log.info("signal_repeated", signal=name)
             case Request.NOTHING:
                 log.info("signal_ignored", signal=name)
-            case Request.TELL:
+            case Request.CALL:
                 log.info("signal_received", signal=name)
-                if self._tell is not None:
-                    self._tell()
+                if (call := self._calls.get(signal.Signals(number))) is not None:
+                    call()
 
     def _keep_alive(self) -> None:
         """Put the watchdog off while the loop runs: closing, past the deadline, has own limits."""
@@ -250,7 +261,7 @@ def _register() -> None:
 def _before_fork() -> None:
     # A child that has our handlers still would lose a signal, and write its number to the
     # parent's loop.
-    _fork.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    _fork.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, QUIET, WAKE))
 
 
 def _after_fork() -> None:
@@ -263,7 +274,7 @@ def _in_child() -> None:
     Its wake-up descriptor is the parent's, so a signal to the child would wake the parent's loop.
     """
     signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
+    for number in (*SIGNALS, QUIET, WAKE):
         handler = signal.getsignal(number)
         if handler is _hold or isinstance(getattr(handler, "__self__", None), _Taker):
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL

@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 
 class Fetcher:
-    """Fetches the jobs for the slots of one TaskWorker, until it is stopped.
+    """Fetches the jobs for the slots of one TaskWorker until it is stopped, unless it is quiet.
 
     Args:
         running: the claims that are held right now.
@@ -45,6 +45,8 @@ class Fetcher:
         self._threads = threads
         self._breakages = breakages
         self._stop = asyncio.Event()
+        self._awake = asyncio.Event()
+        self._awake.set()
         self._wake = asyncio.Event()
         self._fetching = asyncio.Lock()
         self._tokens = 0
@@ -57,9 +59,21 @@ class Fetcher:
         self._stop.set()
         self._wake.set()
 
+    def set_quiet(self, quiet: bool) -> None:
+        """Fetch nothing more while quiet. A fetch that Redis has by then may bring one job more."""
+        if quiet:
+            self._awake.clear()
+            self._wake.set()
+        else:
+            self._awake.set()
+
     @property
     def is_stopping(self) -> bool:
         return self._stop.is_set()
+
+    @property
+    def is_quiet(self) -> bool:
+        return not self._awake.is_set()
 
     @property
     def found_nothing(self) -> bool:
@@ -69,7 +83,11 @@ class Fetcher:
     @property
     def wants_more(self) -> bool:
         """Whether an acknowledgement is to fetch the next job."""
-        return self._threads.has_room and not (self._breakages.in_a_row or self._stop.is_set())
+        return (
+            self._threads.has_room
+            and self._awake.is_set()
+            and not (self._breakages.in_a_row or self._stop.is_set())
+        )
 
     async def next(self, owner: str) -> Claim | None:
         """Wait for a job and claim it; None when stopping.
@@ -91,6 +109,9 @@ class Fetcher:
                         await self._until_work()
                         if self.is_stopping:
                             break
+                        if self.is_quiet:
+                            await self._until_awake()
+                            continue
                         if not self._queue.is_connected:
                             await self._until_stopped(self._queue.connected())
                             continue
@@ -128,7 +149,7 @@ class Fetcher:
         due_in = (self._delayed_until - now_ms()) / 1000 if self._delayed_until else None
         if due_in is not None and due_in <= 0:
             return
-        if self.is_stopping:
+        if self.is_stopping or self.is_quiet:
             return
         self._wake.clear()
         # Redis ends a blocking read up to 0.1 s late, which is too late for a delayed job.
@@ -139,12 +160,20 @@ class Fetcher:
             if timer is not None:
                 timer.cancel()
 
+    async def _until_awake(self) -> None:
+        """Wait as long as this is quiet; first give away the marker that may have been taken."""
+        await self._until_stopped(self._queue.insist(self._queue.marker.put_back))
+        await self._until_stopped(self._awake.wait())
+        self._drained = False
+
     async def _until_stopped(self, waiting: Awaitable[Any]) -> None:
         """Await this, but no longer than until `stop`."""
         waited: asyncio.Future[Any] = asyncio.ensure_future(waiting)
         stopped: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait([waited, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if waited.done():
+                waited.result()
         finally:
             waited.cancel()
             stopped.cancel()

@@ -128,6 +128,10 @@ class TaskWorker:
         """Return the tasks that never end before `stop`."""
         return [*self._keepers, *self._slots]
 
+    def set_quiet(self, quiet: bool) -> None:
+        """Fetch nothing more while quiet; what runs goes on, with its locks renewed."""
+        self._fetcher.set_quiet(quiet)
+
     def stop(self) -> None:
         """Fetch nothing more; what runs goes on. May be called twice."""
         self._fetcher.stop()

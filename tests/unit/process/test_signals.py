@@ -64,7 +64,7 @@ async def test_each_signal_on_each_loop(loop: str) -> None:
         "from autoflow_worker.process.signals import stop_on_signals\n"
         "async def main():\n"
         "    told = asyncio.Event()\n"
-        "    with stop_on_signals(60, told.set) as (stop, abort):\n"
+        "    with stop_on_signals(60, {signal.SIGUSR1: told.set}) as (stop, abort):\n"
         "        os.kill(os.getpid(), signal.SIGUSR2)\n"
         "        os.kill(os.getpid(), signal.SIGUSR1)\n"
         "        await told.wait()\n"
@@ -120,7 +120,7 @@ def test_what_signals_ask_for(signals: list[tuple[signal.Signals, float]]) -> No
         now += pause
         request = requests.of(number, now)
         if number in (signal.SIGUSR1, signal.SIGUSR2):
-            assert request in (Request.TELL, Request.NOTHING)
+            assert request in (Request.CALL, Request.NOTHING)
         elif stopped_at is None:
             assert request is Request.STOP
             stopped_at = now
