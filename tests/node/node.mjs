@@ -105,6 +105,26 @@ class Session {
     await this.#open(ScriptedWorker, queue, opts).waitUntilReady();
   }
 
+  // The next time of each schedule, by BullMQ's own strategy: `at`, or the `error` with which it refuses. `tz` is the
+  // process's zone.
+  async nextMillis({ cases, tz }) {
+    const before = process.env.TZ;
+    process.env.TZ = tz;
+    const { getNextMillis } = this.bullmq;
+    try {
+      return cases.map(({ millis, options }) => {
+        try {
+          return { at: getNextMillis(millis, options) ?? null };
+        } catch (error) {
+          return { error: error.message };
+        }
+      });
+    } finally {
+      if (before === undefined) delete process.env.TZ;
+      else process.env.TZ = before;
+    }
+  }
+
   async listen({ queue, events }) {
     // From the beginning: the first events may come before the first read.
     const listener = this.#open(this.bullmq.QueueEvents, queue, { lastEventId: '0-0' });

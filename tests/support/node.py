@@ -211,6 +211,15 @@ class Node:
         result: str = await self._call("add", queue=queue, name=name or queue, data=data, opts=opts)
         return result
 
+    async def next_millis(self, cases: Sequence[Json], *, tz: str) -> list[Json]:
+        """Return each schedule's next time (`at`), or why BullMQ refuses it (`error`).
+
+        Args:
+            cases: `millis`, and repeat `options`.
+            tz: the Node process's own zone.
+        """
+        return list(await self._call("nextMillis", cases=list(cases), tz=tz))
+
     async def flow(self, flow: Json) -> Json:
         """`FlowProducer.add(flow)`."""
         result: Json = await self._call("flow", flow=flow)
