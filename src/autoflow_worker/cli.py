@@ -77,8 +77,16 @@ def cli() -> None:
 @cli.command()
 @_tasks_option
 @_queues_option
+@click.option(
+    "--until-idle",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="End with exit code 0 when no task had a job for so long.",
+)
 @click.option("--until-stdin-closes", is_flag=True, hidden=True)
-def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> int:
+def start(
+    tasks: str | None, queues: str | None, until_idle: float | None, until_stdin_closes: bool
+) -> int:
     """Run the worker, as in production.
 
     Needs REDIS_URL, DATABASE_URL and a task list. SIGTERM or SIGINT stops it: running jobs have
@@ -105,10 +113,13 @@ def start(tasks: str | None, queues: str | None, until_stdin_closes: bool) -> in
         log.info("env_files_read", files=env_files)
     for found in Settings.lookalikes():
         log.warning("unknown_variable", **found._asdict())
-    return _run_worker(settings, load_tasks(settings.tasks_config, settings.worker_queues))
+    listed = load_tasks(settings.tasks_config, settings.worker_queues)
+    return _run_worker(settings, listed, until_idle)
 
 
-def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") -> int:
+def _run_worker(
+    settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]", idle_limit: float | None
+) -> int:
     from autoflow_worker.process.forks import guard_forks
     from autoflow_worker.process.signals import QUIET, TELL, WAKE, stop_on_signals
     from autoflow_worker.service import WorkerService
@@ -119,7 +130,7 @@ def _run_worker(settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]") ->
     gc.freeze()
     gc.set_threshold(10_000)
 
-    service = WorkerService(settings, tasks)
+    service = WorkerService(settings, tasks, idle_limit=idle_limit)
     calls = {TELL: service.tell, QUIET: service.be_quiet, WAKE: service.wake}
 
     async def run() -> int:

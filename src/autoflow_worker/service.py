@@ -13,6 +13,7 @@ from autoflow_worker.operations.oversight import Oversight, oversee, persist
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.definition import TaskDefinition
+from autoflow_worker.worker.lifetime import until_idle
 from autoflow_worker.worker.task_worker import TaskWorker
 
 log = structlog.get_logger(__name__)
@@ -38,15 +39,23 @@ class WorkerService:
     Args:
         settings: checked settings.
         tasks: at least one; no two of one queue.
+        idle_limit: seconds without a job after which the worker ends; ``None``: none.
 
     Attributes:
         workers: one for each task; none before the servers are reached.
         recorder: what all of them record statuses with; None before PostgreSQL is examined.
     """
 
-    def __init__(self, settings: Settings, tasks: Sequence[TaskDefinition[Any]]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        tasks: Sequence[TaskDefinition[Any]],
+        *,
+        idle_limit: float | None = None,
+    ) -> None:
         self._settings = settings
         self._tasks = tasks
+        self._idle_limit = idle_limit
         self._oversight = Oversight(settings, [task.queue_name for task in tasks])
         self._redis: PipelinedRedis | None = None
         self.recorder: StatusRecorder | None = None
@@ -71,7 +80,7 @@ class WorkerService:
         try:
             if await self._until(stop, self._connect()):
                 self._start()
-                await self._until(stop)
+                await self._until(stop, *self._own_ends())
                 handed_back = await self._drain(abort)
         finally:
             await self._close()
@@ -174,6 +183,14 @@ class WorkerService:
         for part in self._parts:
             part.add_done_callback(self._note_end)
         log.info("worker_started", queues=[worker.task.queue_name for worker in self.workers])
+
+    def _own_ends(self) -> list[Coroutine[Any, Any, None]]:
+        """Return what ends the worker without a signal."""
+        return [] if self._idle_limit is None else [self._idle(self._idle_limit)]
+
+    async def _idle(self, seconds: float) -> None:
+        await until_idle(self.workers, seconds)
+        log.info("worker_idle", seconds=seconds)
 
     # -- failures --------------------------------------------------------------------------------
 

@@ -51,6 +51,9 @@ class TaskWorker:
         queue: the task's; opened by the caller, and closed with the shared Redis client.
         concurrency: slots.
         record_unknown_jobs: whether a job without a row gets one (contract, section 4).
+
+    Attributes:
+        jobs_taken: how many jobs its slots have had.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class TaskWorker:
         self._recorder = recorder
         self._concurrency = concurrency
         self._record_unknown_jobs = record_unknown_jobs
+        self.jobs_taken = 0
         self._id = uuid4().hex
         self._running: dict[Claim, JobHistory] = {}
         # The other slots go on working, whatever rows PostgreSQL refuses.
@@ -94,8 +98,18 @@ class TaskWorker:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no slot has a job, and the queue has none to give."""
-        return self._fetcher.found_nothing and not self._running
+        """Whether no slot has a job, and the queue has none to give. A quiet one never is."""
+        return self._fetcher.found_nothing and not (self._running or self.is_quiet)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a slot has a job."""
+        return bool(self._running)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it fetches nothing until it is told to."""
+        return self._fetcher.is_quiet
 
     @property
     def is_stopping(self) -> bool:
@@ -194,6 +208,7 @@ class TaskWorker:
 
     async def _attempt(self, claim: Claim) -> Claim | None:
         """Run one job to its acknowledgement; return the job that the acknowledgement fetched."""
+        self.jobs_taken += 1
         # The entry stays if this is cancelled: `close` hands back what is left.
         history = self._running[claim] = JobHistory(
             self._recorder,
