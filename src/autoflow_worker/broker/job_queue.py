@@ -27,6 +27,7 @@ from autoflow_worker.broker.claim import (
 )
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.job_fields import MAX_DATA, failure_fields, is_utf8, read_claim
+from autoflow_worker.broker.job_reports import JobReports
 from autoflow_worker.broker.marker import Marker
 from autoflow_worker.broker.official_worker import official_worker
 from autoflow_worker.broker.script_guard import guard, guarded
@@ -62,6 +63,7 @@ class JobQueue:
     Attributes:
         lock_ms: for how long a lock is taken or renewed.
         marker: wakes a worker of an idle queue.
+        reports: writes what handlers report.
 
     Raises:
         LibraryMismatchError: the installed bullmq differs from the one that this package knows.
@@ -96,6 +98,7 @@ class JobQueue:
         self._simple_finish = commands["moveToFinished"]
         self._completion_arguments = scripts.CompletionArguments(keys, self._worker.opts)
         self.marker = Marker(redis, keys)
+        self.reports = JobReports(self._worker, redis)
         # Node's `getWorkers()` finds a queue's workers by the names of their connections.
         self._client_name = f"{prefix}:{base64.b64encode(name.encode()).decode()}"
         if (worker_name := options.get("name")) is not None:

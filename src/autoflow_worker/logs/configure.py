@@ -16,6 +16,7 @@ import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 from autoflow_worker.encoding.masking import MASK, mask_secrets
+from autoflow_worker.logs.attempt_fields import add_attempt_fields
 from autoflow_worker.logs.writer import LogWriter
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
@@ -62,6 +63,7 @@ def configure_logging(
     # No copy of the event, no call-site lookup, no filtering by processor: each slows every line.
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        add_attempt_fields,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,

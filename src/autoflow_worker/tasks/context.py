@@ -1,7 +1,9 @@
 """``TaskContext``: what a handler gets besides the payload."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import asyncio
+from typing import TYPE_CHECKING, Any, Generic, Protocol
+
+from typing_extensions import TypeVar  # typing's own has defaults from Python 3.13 on
 
 from autoflow_worker.logs.configure import job_logger
 
@@ -9,9 +11,58 @@ if TYPE_CHECKING:
     from bullmq import Job
     from structlog.typing import FilteringBoundLogger
 
+ResourcesT = TypeVar("ResourcesT", default=Any)
 
-class TaskContext:
-    """What a handler gets to know about its job, besides the payload.
+
+class TaskCancelledError(Exception):
+    """The task was cancelled while its handler ran: its row says ``cancelled``."""
+
+
+class RunningAttempt(Protocol):
+    """What a context needs of the attempt that it belongs to, wherever its handler runs."""
+
+    @property
+    def job(self) -> "Job": ...
+    @property
+    def resources(self) -> Any: ...
+    @property
+    def is_cancelled(self) -> bool: ...
+    @property
+    def is_stopping(self) -> bool: ...
+    @property
+    def last_progress(self) -> Any: ...
+    def time_left(self) -> float | None: ...
+    def report_progress(self, value: object) -> None: ...
+    def append_log(self, line: str) -> None: ...
+    async def until_cancelled(self) -> None: ...
+
+
+class NoAttempt:
+    """Answers for a context that a test made by hand: nothing is stored, nothing ends."""
+
+    job: Any = None
+    resources: Any = None
+    is_cancelled = False
+    is_stopping = False
+    last_progress: Any = None
+
+    def time_left(self) -> float | None:
+        return None
+
+    def report_progress(self, value: object) -> None:
+        del value
+
+    def append_log(self, line: str) -> None:
+        del line
+
+    async def until_cancelled(self) -> None:
+        await asyncio.Event().wait()
+
+
+class TaskContext(Generic[ResourcesT]):
+    """What a handler gets to know about its attempt, and what it can do besides returning.
+
+    Each method but ``wait_cancelled`` may be called from any thread.
 
     Attributes:
         task_id: the job's id, which is also the id of its row.
@@ -22,8 +73,7 @@ class TaskContext:
     """
 
     __slots__ = (
-        "_job",
-        "_make_job",
+        "_running",
         "attempt",
         "correlation_id",
         "max_attempts",
@@ -39,31 +89,90 @@ class TaskContext:
         queue_name: str,
         attempt: int = 1,
         max_attempts: int = 1,
-        job: "Job" = None,
-        make_job: "Callable[[], Job] | None" = None,
+        running: RunningAttempt | None = None,
     ) -> None:
+        self._running: RunningAttempt = NoAttempt() if running is None else running
         self.task_id = task_id
         self.correlation_id = correlation_id
         self.queue_name = queue_name
         self.attempt = attempt
         self.max_attempts = max_attempts
-        self._job = job
-        self._make_job = make_job
 
     @property
     def job(self) -> "Job":
-        """The bullmq ``Job``, for progress, logs, children and moves; made at the first access."""
-        if self._job is None and self._make_job is not None:
-            self._job = self._make_job()
-        return self._job
+        """The bullmq ``Job``, for children and moves; made at the first access."""
+        return self._running.job
+
+    @property
+    def resources(self) -> ResourcesT:
+        """What the task's ``lifespan`` yielded; ``None`` without one."""
+        resources: ResourcesT = self._running.resources
+        return resources
+
+    # -- reports ---------------------------------------------------------------------------------
+
+    def progress(self, value: object) -> None:
+        """Report progress: a number or any other JSON value, which Node's ``QueueEvents`` gets.
+
+        Returns at once. Redis gets the last value at most ten times a second, and in any case
+        before the attempt's outcome.
+
+        Raises:
+            NotStorableError: the value can't be stored as JSON.
+        """
+        self._running.report_progress(value)
+
+    @property
+    def last_progress(self) -> Any:
+        """What an earlier attempt reported last, as a checkpoint to go on from; else ``None``."""
+        return self._running.last_progress
+
+    def log(self, line: str) -> None:
+        """Append a line to the job's log in Redis, which bull-board shows; returns at once.
+
+        Redis gets all lines, in order, before the attempt's outcome.
+        """
+        self._running.append_log(line)
 
     @property
     def logger(self) -> "FilteringBoundLogger":
-        """A structlog logger that is bound to this context's attributes; made at each access."""
-        return job_logger(
-            task_id=self.task_id,
-            queue_name=self.queue_name,
-            attempt=self.attempt,
-            max_attempts=self.max_attempts,
-            correlation_id=self.correlation_id,
-        )
+        """A structlog logger whose lines name this attempt; made at each access."""
+        return job_logger(**self.log_fields())
+
+    def log_fields(self) -> dict[str, Any]:
+        """Return what each log line says of this attempt."""
+        return {
+            "queue": self.queue_name,
+            "task_id": self.task_id,
+            "attempt": self.attempt,
+            "max_attempts": self.max_attempts,
+            "correlation_id": self.correlation_id,
+        }
+
+    # -- ends ------------------------------------------------------------------------------------
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task was cancelled, which takes up to two seconds to be noticed."""
+        return self._running.is_cancelled
+
+    def raise_if_cancelled(self) -> None:
+        """Raise ``TaskCancelledError`` if the task was cancelled; for loops of sync handlers."""
+        if self._running.is_cancelled:
+            raise TaskCancelledError("the task is cancelled")
+
+    async def wait_cancelled(self) -> None:
+        """Wait until the task is cancelled; for an async handler that cancels work of its own."""
+        await self._running.until_cancelled()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the worker is stopping: a long handler may save its work, and return early."""
+        return self._running.is_stopping
+
+    def time_left(self) -> float | None:
+        """Return the seconds until the time limit, at least 0; ``None`` if there is none.
+
+        It suits as the ``timeout`` of a request: a missing one is why most handlers hang.
+        """
+        return self._running.time_left()

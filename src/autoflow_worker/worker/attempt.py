@@ -5,7 +5,7 @@ in between runs the job again, and never leaves a row that lies.
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -15,12 +15,13 @@ import structlog
 from autoflow_worker.broker.backoff import NoBackoffError, backoff_ms
 from autoflow_worker.broker.claim import ChildrenLeftError, Claim, Reply
 from autoflow_worker.broker.job_queue import JobQueue
+from autoflow_worker.broker.job_reports import last_progress
 from autoflow_worker.clock import now_ms
 from autoflow_worker.encoding.results import dump
 from autoflow_worker.errors import NotStorableError, PayloadError
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.write import Verdict
-from autoflow_worker.tasks.context import TaskContext
+from autoflow_worker.tasks.context import TaskCancelledError, TaskContext
 from autoflow_worker.tasks.definition import (
     DelayedError,
     TaskDefinition,
@@ -28,10 +29,12 @@ from autoflow_worker.tasks.definition import (
     WaitingChildrenError,
 )
 from autoflow_worker.worker.acknowledge import Acknowledger, Finish
+from autoflow_worker.worker.fetcher import Fetcher
 from autoflow_worker.worker.handler import Outcome, execute
 from autoflow_worker.worker.history import JobHistory
+from autoflow_worker.worker.reports import Reports
 from autoflow_worker.worker.threads import HandlerThreads
-from autoflow_worker.worker.time_limit import TimeLimit
+from autoflow_worker.worker.time_limit import TimeLimit, Wait, end
 
 log = structlog.get_logger(__name__)
 
@@ -41,16 +44,34 @@ class UnmovedJobError(Exception):
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Attempt:
-    """One attempt at one job, with what its task has for all of them."""
+class TaskSetup:
+    """What all attempts of one task share."""
 
     task: TaskDefinition[Any]
     queue: JobQueue
+    fetcher: Fetcher
     acknowledger: Acknowledger
     limit: TimeLimit
     threads: HandlerThreads
+    loop: asyncio.AbstractEventLoop
+    resources: Any = None
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Attempt:
+    """One attempt at one job; also what its handler's `TaskContext` asks.
+
+    Attributes:
+        is_cancelled: whether its handler was told that the task is cancelled.
+    """
+
+    setup: TaskSetup
     claim: Claim
     history: JobHistory
+    is_cancelled: bool = field(default=False, init=False)
+    _wait: Wait | None = field(default=None, init=False)
+    _reports: Reports | None = field(default=None, init=False)
+    _cancellation: asyncio.Event | None = field(default=None, init=False)
 
     async def run(self) -> Reply:
         """Take the job from its claim to its acknowledgement; return the acknowledgement's reply.
@@ -59,7 +80,8 @@ class Attempt:
             LockLostError: another worker has the job; nothing was recorded for this attempt.
             OutcomeRefusedError: PostgreSQL refuses the outcome, and the slot can't wait for it.
         """
-        queue, claim = self.queue, self.claim
+        setup, claim = self.setup, self.claim
+        task, queue = setup.task, setup.queue
         if not queue.is_surely_ours(claim):
             # This process has stood still since it asked for the job.
             await queue.make_sure_of(claim)
@@ -73,7 +95,7 @@ class Attempt:
             data = dict(data)
             correlation_id = data.pop("correlationId", None)
         try:
-            payload = self.task.parse_payload(data)
+            payload = task.parse_payload(data)
         except PayloadError as error:
             return await self._fail(error)
         verdict = await self.history.start()
@@ -81,9 +103,7 @@ class Attempt:
             return await self._acknowledge_failure(Finish("failedReason", "the task is cancelled"))
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
-        outcome = await execute(
-            self.task, payload, self._context(correlation_id), self.limit, self.threads
-        )
+        outcome = await self._execute(payload, correlation_id)
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
         if isinstance(outcome.error, DelayedError | WaitingChildrenError):
@@ -92,16 +112,73 @@ class Attempt:
             return await self._fail(outcome.error)
         return await self._complete(outcome)
 
-    def _context(self, correlation_id: object) -> TaskContext:
-        claim = self.claim
-        return TaskContext(
+    async def _execute(self, payload: Any, correlation_id: object) -> Outcome:
+        """Run the handler, and send what it reported last."""
+        setup, claim = self.setup, self.claim
+        context: TaskContext[Any] = TaskContext(
+            running=self,
             task_id=claim.id,
             correlation_id=correlation_id if isinstance(correlation_id, str) else str(uuid4()),
-            queue_name=self.queue.name,
+            queue_name=setup.queue.name,
             attempt=claim.attempt,
             max_attempts=claim.max_attempts,
-            make_job=lambda: claim.job,
         )
+        self._wait = wait = setup.limit.start()
+        try:
+            outcome = await execute(setup.task, payload, context, wait, setup.threads)
+        finally:
+            setup.limit.remove(wait)
+        if self._reports is not None:
+            await self._reports.close()
+        return outcome
+
+    # -- what the handler's context asks ---------------------------------------------------------
+
+    @property
+    def job(self) -> Any:
+        return self.claim.job
+
+    @property
+    def resources(self) -> Any:
+        return self.setup.resources
+
+    @property
+    def is_stopping(self) -> bool:
+        return self.setup.fetcher.is_stopping
+
+    @property
+    def last_progress(self) -> Any:
+        return last_progress(self.claim)
+
+    def time_left(self) -> float | None:
+        return None if self._wait is None else self._wait.time_left()
+
+    def report_progress(self, value: object) -> None:
+        self._get_reports().progress(value)
+
+    def append_log(self, line: str) -> None:
+        self._get_reports().log(line)
+
+    def _get_reports(self) -> Reports:
+        if self._reports is None:
+            self._reports = Reports(self.claim, self.setup.queue.reports, self.setup.loop)
+        return self._reports
+
+    async def until_cancelled(self) -> None:
+        if self._cancellation is None:
+            self._cancellation = asyncio.Event()
+        if not self.is_cancelled:
+            await self._cancellation.wait()
+
+    def cancel(self) -> None:
+        """Tell the handler that the task is cancelled, and end it if it can be interrupted."""
+        self.is_cancelled = True
+        if self._cancellation is not None:
+            self._cancellation.set()
+        if self._wait is not None and self.setup.task.is_async:
+            end(self._wait.ended, TaskCancelledError("the task is cancelled"))
+
+    # -- outcomes --------------------------------------------------------------------------------
 
     async def _complete(self, outcome: Outcome) -> Reply:
         try:
@@ -109,9 +186,9 @@ class Attempt:
         except NotStorableError as error:
             return await self._fail(error)
         await self.history.complete(result)
-        send = partial(self.queue.complete, self.claim, result)
+        send = partial(self.setup.queue.complete, self.claim, result)
         try:
-            return await self.acknowledger.tell(
+            return await self.setup.acknowledger.tell(
                 self.claim, self.history, send, lambda: Finish("returnvalue", dump(result))
             )
         except ChildrenLeftError as error:
@@ -135,15 +212,15 @@ class Attempt:
         verdict = await self.history.finish(patch)
         if verdict is Verdict.FINISHED:
             # Redis has lost the job's data.
-            await self.queue.insist(lambda: self.queue.drop(self.claim))
-            log.warning("finished_job_dropped", queue=self.queue.name, task_id=self.claim.id)
+            await self.setup.queue.insist(lambda: self.setup.queue.drop(self.claim))
+            log.warning("finished_job_dropped", queue=self.setup.queue.name, task_id=self.claim.id)
             return Reply()
         if verdict is Verdict.CANCELLED:
             delay_ms = None  # A cancelled task never runs again.
         told = (failure["reason"], failure.get("stackTrace"))
         log.info(
             "job_failed",
-            queue=self.queue.name,
+            queue=self.setup.queue.name,
             task_id=self.claim.id,
             attempt=self.claim.attempt,
             retry_in_ms=delay_ms,
@@ -152,10 +229,10 @@ class Attempt:
         if delay_ms is None:
             return await self._acknowledge_failure(Finish("failedReason", *told))
         if delay_ms > 0:
-            send = partial(self.queue.delay, self.claim, now + delay_ms, *told)
+            send = partial(self.setup.queue.delay, self.claim, now + delay_ms, *told)
         else:
-            send = partial(self.queue.retry, self.claim, *told)
-        return await self.acknowledger.tell(self.claim, self.history, send)
+            send = partial(self.setup.queue.retry, self.claim, *told)
+        return await self.setup.acknowledger.tell(self.claim, self.history, send)
 
     async def _next_delay(self, error: BaseException) -> tuple[int | None, str | None]:
         """Return the ms until the next attempt, or None, and why there is none if not obvious."""
@@ -163,7 +240,7 @@ class Attempt:
         claim = self.claim
         if isinstance(error, never) or claim.attempt >= claim.max_attempts or claim.job.discarded:
             return None, None
-        settings = self.task.worker_options.get("settings", {})
+        settings = self.setup.task.worker_options.get("settings", {})
         try:
             delay_ms = await backoff_ms(
                 claim.job.opts.get("backoff"),
@@ -184,14 +261,14 @@ class Attempt:
 
     async def _moved(self, error: BaseException) -> Reply:
         """Record where the handler says that it moved its own job."""
-        if await self.queue.still_has(self.claim):
+        if await self.setup.queue.still_has(self.claim):
             reason = UnmovedJobError(f"the handler raised {type(error).__name__} without moving")
             reason.__cause__ = error
             return await self._fail(reason)
         if isinstance(error, WaitingChildrenError):
             patch = patches.handed_back_patch()
         else:
-            due = await self.queue.insist(lambda: self.queue.due_at(self.claim))
+            due = await self.setup.queue.insist(lambda: self.setup.queue.due_at(self.claim))
             if due is None:  # The job was due at once, and has been fetched again.
                 return Reply()
             patch = patches.moved_to_delayed_patch(until_ms=due)
@@ -199,17 +276,17 @@ class Attempt:
         return Reply()
 
     async def _acknowledge_failure(self, finish: Finish) -> Reply:
-        send = partial(self.queue.fail, self.claim, finish.value, finish.stack_trace)
-        return await self.acknowledger.tell(self.claim, self.history, send, lambda: finish)
+        send = partial(self.setup.queue.fail, self.claim, finish.value, finish.stack_trace)
+        return await self.setup.acknowledger.tell(self.claim, self.history, send, lambda: finish)
 
     async def _advance_scheduler(self, scheduler: str) -> None:
         try:
-            await self.queue.insist(lambda: self.queue.advance_scheduler(self.claim))
+            await self.setup.queue.insist(lambda: self.setup.queue.advance_scheduler(self.claim))
         except Exception as error:
             # The job itself is sound, and runs. As with Node, only its successor is missing.
             log.error(
                 "job_scheduler_not_advanced",
-                queue=self.queue.name,
+                queue=self.setup.queue.name,
                 scheduler=scheduler,
                 reason=str(error),
             )

@@ -11,11 +11,12 @@ from typing import Any, Final, cast
 
 import structlog
 
+from autoflow_worker.logs.attempt_fields import running_attempt
 from autoflow_worker.process.forks import Forked, end_of_child
 from autoflow_worker.tasks.context import TaskContext
 from autoflow_worker.tasks.definition import TaskDefinition
 from autoflow_worker.worker.threads import HandlerExitError, HandlerThreads
-from autoflow_worker.worker.time_limit import Ended, TimeLimit, end
+from autoflow_worker.worker.time_limit import Ended, Wait, end
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +47,7 @@ async def execute(
     task: TaskDefinition[Any],
     payload: Any,
     context: TaskContext,
-    limit: TimeLimit,
+    wait: Wait,
     threads: HandlerThreads,
 ) -> Outcome:
     """Call the handler once, and wait for its end.
@@ -60,16 +61,14 @@ async def execute(
     """
     loop = asyncio.get_running_loop()
     started = time.perf_counter()
-    ended: Ended = loop.create_future()
     handler: asyncio.Future[Any]
     error: BaseException | None = None
     if task.is_async:
         call = cast(Coroutine[Any, Any, Any], task.handler(payload, context))
-        handler = _start(call, ended, context)
+        handler = _start(call, wait.ended, context)
     else:
-        handler = threads.run(lambda: task.handler(payload, context))
-        handler.add_done_callback(partial(_end_of, ended))
-    wait = limit.add(ended)
+        handler = threads.run(partial(_call, task, payload, context))
+        handler.add_done_callback(partial(_end_of, wait.ended))
     try:
         if not handler.done():
             error = await wait.ended
@@ -85,8 +84,6 @@ async def execute(
         if not task.is_async and _rest_of(handler) is not None:
             raise
         error = None  # The handler returned all the same, and finished work is not done again.
-    finally:
-        limit.remove(wait)
     if error is not None:
         await _unwind(handler, context, threads)
     elif handler.cancelled():
@@ -102,9 +99,15 @@ def task_name(queue_name: str, task_id: str) -> str:
     return f"job {task_id} of {queue_name}"
 
 
+def _call(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> object:
+    """Call a sync handler, in its thread."""
+    running_attempt.set(context)
+    return task.handler(payload, context)
+
+
 def _start(call: Awaitable[Any], ended: Ended, context: TaskContext) -> asyncio.Task[Any]:
     handler = asyncio.Task(
-        _contain(call, ended),
+        _contain(call, ended, context),
         loop=asyncio.get_running_loop(),
         name=task_name(context.queue_name, context.task_id),
         **_EAGER,
@@ -158,8 +161,9 @@ def _discard(handler: asyncio.Future[Any]) -> None:
         rest.close()
 
 
-async def _contain(call: Awaitable[Any], ended: Ended) -> Any:
+async def _contain(call: Awaitable[Any], ended: Ended, context: TaskContext) -> Any:
     """Keep `SystemExit` and its like from ending the event loop."""
+    running_attempt.set(context)  # The asyncio task has a context of its own.
     try:
         return await call
     except (Exception, asyncio.CancelledError):

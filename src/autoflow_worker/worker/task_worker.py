@@ -21,7 +21,7 @@ from autoflow_worker.errors import TaskBrokenError, WorkerError
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.tasks.definition import TaskDefinition
 from autoflow_worker.worker.acknowledge import Acknowledger
-from autoflow_worker.worker.attempt import Attempt
+from autoflow_worker.worker.attempt import Attempt, TaskSetup
 from autoflow_worker.worker.breakages import MAX_BREAKAGES, Breakages
 from autoflow_worker.worker.fetcher import Fetcher
 from autoflow_worker.worker.hand_back import HandBack
@@ -87,7 +87,15 @@ class TaskWorker:
         )
         self._acknowledger = Acknowledger(queue, self._fetcher)
         self._hand_back = HandBack(queue)
-        self._limit = TimeLimit(task.options.timeout_ms)
+        self._setup = TaskSetup(
+            task,
+            queue,
+            self._fetcher,
+            self._acknowledger,
+            TimeLimit(task.options.timeout_ms),
+            self._threads,
+            asyncio.get_running_loop(),
+        )
         self._slots: list[asyncio.Task[None]] = []
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -217,18 +225,9 @@ class TaskWorker:
             self._held_outcomes,
             record_unknown_jobs=self._record_unknown_jobs,
         )
-        attempt = Attempt(
-            self.task,
-            self._queue,
-            self._acknowledger,
-            self._limit,
-            self._threads,
-            claim,
-            history,
-        )
         following = None
         try:
-            following = self._fetcher.take(await attempt.run())
+            following = self._fetcher.take(await Attempt(self._setup, claim, history).run())
             if self._breakages.in_a_row:
                 self._breakages.end()
         except LockLostError as error:

@@ -1,7 +1,8 @@
-"""The time limit of one task's attempts, kept by one timer for all of them."""
+"""How one task's attempts end: by themselves, at their time limit, or because they are told to."""
 
 import asyncio
 import math
+import time
 from dataclasses import dataclass
 
 
@@ -9,16 +10,22 @@ class TimeLimitError(Exception):
     """The handler ran past its time limit."""
 
 
-Ended = asyncio.Future[TimeLimitError | None]
-"""Done when an attempt has ended (None), or when its time is over."""
+Ended = asyncio.Future[Exception | None]
+"""Done when a handler has ended (None), or is to be ended for this reason."""
 
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """Somebody waits for an attempt until it has ended, or until its deadline."""
+    """Somebody waits for a handler until it has ended, or until its deadline."""
 
     ended: Ended
     deadline: float
+
+    def time_left(self) -> float | None:
+        """Return the seconds until the deadline, at least 0; None if there is none."""
+        if self.deadline == math.inf:
+            return None
+        return max(0.0, self.deadline - time.monotonic())  # as the event loop's own clock
 
 
 class TimeLimit:
@@ -33,11 +40,12 @@ class TimeLimit:
         self._waits: dict[Wait, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, ended: Ended) -> Wait:
-        """Start an attempt's time; at its end, `ended` gets a `TimeLimitError`."""
+    def start(self) -> Wait:
+        """Start an attempt's time; when it is over, `ended` gets a `TimeLimitError`."""
+        loop = asyncio.get_running_loop()
+        ended: Ended = loop.create_future()
         if self._timeout_ms is None:
             return Wait(ended, math.inf)
-        loop = ended.get_loop()
         wait = Wait(ended, loop.time() + self._timeout_ms / 1000)
         self._waits[wait] = None
         if self._timer is None:
@@ -61,7 +69,7 @@ class TimeLimit:
             end(oldest.ended, TimeLimitError(words))
 
 
-def end(ended: Ended, error: TimeLimitError | None) -> None:
-    """Say that an attempt has ended, or that its time is over; the first word counts."""
+def end(ended: Ended, error: Exception | None) -> None:
+    """Say that a handler has ended, or why it is to be ended; the first word counts."""
     if not ended.done():
         ended.set_result(error)

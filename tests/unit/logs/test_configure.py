@@ -63,7 +63,7 @@ def test_a_jobs_lines_are_bound_to_it() -> None:
         "level": "info",
         "email": "a@b.c",
         "task_id": "t1",
-        "queue_name": "mails",
+        "queue": "mails",
         "attempt": 1,
         "max_attempts": 3,
         "correlation_id": "c1",

@@ -32,13 +32,15 @@ async def run(handler: Handler, timeout_ms: int | None = None) -> Outcome:
     task = define_task("q", handler, TaskOptions(timeout_ms=timeout_ms))
     assert not task.is_async
     context = TaskContext(task_id="t", correlation_id="c", queue_name="q")
-    return await execute(task, {"n": 1}, context, TimeLimit(timeout_ms), HandlerThreads("q", 1))
+    return await execute(
+        task, {"n": 1}, context, TimeLimit(timeout_ms).start(), HandlerThreads("q", 1)
+    )
 
 
 async def run_async(handler: AsyncHandler) -> Outcome:
     task = define_task("q", handler, TaskOptions(timeout_ms=None))
     context = TaskContext(task_id="t", correlation_id="c", queue_name="q")
-    return await execute(task, {"n": 1}, context, TimeLimit(None), HandlerThreads("q", 1))
+    return await execute(task, {"n": 1}, context, TimeLimit(None).start(), HandlerThreads("q", 1))
 
 
 async def test_what_it_returns_is_awaited_on_the_loop() -> None:
@@ -124,15 +126,13 @@ async def test_what_comes_too_late_to_be_awaited_is_no_result() -> None:
 async def test_one_timer_ends_each_attempt_at_its_own_time() -> None:
     loop = asyncio.get_running_loop()
     limit = TimeLimit(30)
-    late, quick, next_one = (loop.create_future() for _ in range(3))
-    limit.add(late)
-    limit.remove(limit.add(quick))
-    assert isinstance(await late, TimeLimitError)
+    late, quick = limit.start(), limit.start()
+    limit.remove(quick)
+    assert isinstance(await late.ended, TimeLimitError)
     began = loop.time()
-    limit.add(next_one)
-    assert isinstance(await next_one, TimeLimitError)
+    assert isinstance(await limit.start().ended, TimeLimitError)
     assert loop.time() - began >= 0.03
-    assert not quick.done()
+    assert not quick.ended.done()
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
