@@ -30,6 +30,7 @@ from autoflow_worker.broker.job_fields import MAX_DATA, failure_fields, is_utf8,
 from autoflow_worker.broker.job_reports import JobReports
 from autoflow_worker.broker.marker import Marker
 from autoflow_worker.broker.official_worker import official_worker
+from autoflow_worker.broker.paused_lists import JOIN
 from autoflow_worker.broker.script_guard import guard, guarded
 from autoflow_worker.clock import now_ms
 from autoflow_worker.encoding.results import dump
@@ -45,6 +46,8 @@ _LOST: Final = {
     ErrorCode[name].value: name
     for name in ("JobNotExist", "JobLockNotExist", "JobNotInState", "JobLockMismatch")
 }
+# The keys of `JOIN`.
+_PAUSED_LISTS: Final = ("meta", "wait", "paused")
 # The fields of a job scheduler that say when it produces a job.
 _REPEAT: Final = ("every", "pattern", "tz", "limit", "offset", "startDate", "endDate")
 
@@ -108,6 +111,7 @@ class JobQueue:
         self._adopt = redis.register_script(guarded(scripts.ADOPT))
         self._bury = redis.register_script(guarded(scripts.BURY))
         self._drop = redis.register_script(guarded(scripts.DROP))
+        self._join = redis.register_script(guarded(JOIN))
 
     async def open(self, timeout: float) -> None:
         """Open the connection that reads the marker; see `Channel.open`."""
@@ -272,6 +276,10 @@ class JobQueue:
         """Put back the active jobs whose worker is dead; return their ids."""
         limits = [self._worker.opts[name] for name in ("maxStalledCount", "stalledInterval")]
         return list(await self._scripts.moveStalledJobsToWait(*limits))
+
+    async def join_paused(self) -> int:
+        """Join the two lists of a paused queue, if both have jobs; return how many were moved."""
+        return int(await self._join(keys=[self._worker.keys[name] for name in _PAUSED_LISTS]))
 
     # -- acknowledging ---------------------------------------------------------------------------
     #

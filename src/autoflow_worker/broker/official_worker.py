@@ -17,6 +17,7 @@ from bullmq import Worker
 
 from autoflow_worker.broker.job_fields import read_claim
 from autoflow_worker.broker.libraries import mismatch
+from autoflow_worker.broker.paused_lists import PUSHING, differs
 from autoflow_worker.broker.scripts import CompletionArguments
 
 # The methods that are called by position, with their parameters in order.
@@ -72,6 +73,9 @@ def _differences(worker: Worker, given: Mapping[str, Any]) -> Iterator[str]:
         found = tuple(inspect.signature(getattr(worker.scripts, name)).parameters)
         if found != expected:
             yield f"{name} takes {', '.join(found)}"
+    for name in sorted(PUSHING):
+        if differs(name, worker.scripts.commands[name].script):
+            yield f"{name} puts jobs into `wait` in another way"
     for (options, job_options, keep), fetch_next in product(_CASES, (True, False)):
         shaped = copy.copy(worker)
         shaped.opts = {**worker.opts, **options}

@@ -4,12 +4,16 @@ If Redis refuses a command of a script, it does not undo the commands before. A 
 a job out of one list, but may not put it into the next, loses the job. So each script first asks
 Redis (`redis.acl_check_cmd`, since Redis 7) whether the user may run its commands, and does nothing
 otherwise. Redis 6 has no such check; there, only `requirements` checks the rights at the start.
+
+BullMQ's scripts are also made safe for queues that BullMQ 5 has paused (`paused_lists`).
 """
 
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Final
+
+from autoflow_worker.broker.paused_lists import safe_when_paused
 
 _CALLED: Final = re.compile(r"""(?:rcall|redis\.p?call)\(\s*["'](\w+)""")
 _PUSHED_BY_VARIABLE: Final = re.compile(r"""["']([LR]PUSH)["']""")
@@ -50,12 +54,13 @@ def guarded_as(name: str, script: str) -> str:
     if name not in HOT:
         return guarded(script)
     promoting = f"if redis.call('ZCARD', KEYS[7]) > 0 then {_check(PROMOTING)} end"
-    return _GUARD.format(checks=f"{_check(FETCHING)} {promoting}") + script
+    return _GUARD.format(checks=f"{_check(FETCHING)} {promoting}") + safe_when_paused(script)
 
 
 @cache
 def guarded(script: str) -> str:
     """Return a script with a check of all commands that it calls."""
+    script = safe_when_paused(script)
     found = {*_CALLED.findall(script), *_PUSHED_BY_VARIABLE.findall(script)}
     return _GUARD.format(checks=_check(sorted(name.upper() for name in found))) + script
 

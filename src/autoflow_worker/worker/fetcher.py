@@ -40,7 +40,7 @@ class Fetcher:
         self._running = running
         # A fetch follows each blocking read, even one in vain, because a marker can die with the
         # worker that took it. Block for 2.5 x `drainDelay`. The blocking read, the fetch and the
-        # stalled check together then average one command per `drainDelay`.
+        # maintenance together then average about one command per `drainDelay`.
         self._block_seconds = 2.5 * drain_delay
         self._threads = threads
         self._breakages = breakages

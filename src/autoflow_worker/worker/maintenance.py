@@ -39,7 +39,7 @@ class Maintenance:
             await self._queue.insist(partial(self._queue.extend, due))
 
     async def watch_stalled(self) -> None:
-        """Return stalled jobs to the queue, for ever."""
+        """Return stalled jobs to the queue, and keep a paused queue's jobs together, for ever."""
         now = asyncio.get_running_loop().time
         while True:
             await self._queue.connected()
@@ -53,16 +53,17 @@ class Maintenance:
                 await self._queue.extend(list(self._running))
                 if self._calm_in() > 0 or now() - began > self._renew_every:
                     continue  # The renewal waited for a connection, or this process stood still.
-                stalled = await self._queue.check_stalled()
+                for job_id in await self._queue.check_stalled():
+                    log.warning("job_stalled", queue=self._queue.name, task_id=job_id)
+                if joined := await self._queue.join_paused():
+                    # BullMQ 5 and 6 both change this paused queue (docs/contract.md, section 9).
+                    log.warning("paused_lists_joined", queue=self._queue.name, jobs=joined)
             except RedisConnectionError:
                 await asyncio.sleep(OUTAGE_PAUSE_MAX)
                 continue
             except ResponseError as error:
                 # BullMQ's script breaks on a job that is no hash, and has removed that job by then.
                 log.error("stalled_check_refused", queue=self._queue.name, reason=str(error))
-                stalled = []
-            for job_id in stalled:
-                log.warning("job_stalled", queue=self._queue.name, task_id=job_id)
             await asyncio.sleep(self._look_every)
 
     def _calm_in(self) -> float:
