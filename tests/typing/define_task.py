@@ -33,14 +33,22 @@ class Sender:
     async def __call__(self, payload: Email, ctx: TaskContext) -> None: ...
 
 
-assert_type(define_task("q", send), TaskDefinition[Email])
-assert_type(define_task("q", send_sync), TaskDefinition[Email])
-assert_type(define_task("q", Sender()), TaskDefinition[Email])
-assert_type(define_task("q", send_plain), TaskDefinition[dict[str, Any]])
-assert_type(define_task("q", send_either), TaskDefinition[Email | Invoice])
+def count_sync(payload: Email, ctx: TaskContext) -> int:
+    return len(payload.address)
+
+
+assert_type(define_task("q", send), TaskDefinition[Email, dict[str, bool]])
+assert_type(define_task("q", send_sync), TaskDefinition[Email, None])
+assert_type(define_task("q", count_sync), TaskDefinition[Email, int])
+assert_type(define_task("q", Sender()), TaskDefinition[Email, None])
+# Any in a handler's signature leaves mypy without a choice between the overloads.
+assert_type(define_task("q", send_plain), TaskDefinition[Any, Any])
+assert_type(define_task("q", send_either), TaskDefinition[Email | Invoice, None])
 assert_type(define_task("q", send).parse_payload({}), Email)
-assert_type(define_task("q", send, payload=Email), TaskDefinition[Email])
-assert_type(define_task("q", send, payload=TypeAdapter(Email)), TaskDefinition[Email])
+assert_type(define_task("q", send, payload=Email), TaskDefinition[Email, dict[str, bool]])
+assert_type(
+    define_task("q", send, payload=TypeAdapter(Email)), TaskDefinition[Email, dict[str, bool]]
+)
 
 define_task(
     queue_name="q",
@@ -57,7 +65,7 @@ define_task(
 define_task("q", send, payload=Invoice)  # type: ignore[arg-type]
 define_task("q", send_plain, payload=Email)  # type: ignore[arg-type]
 define_task("q", lambda payload: None)  # type: ignore[misc, arg-type]
-define_task("q", send, options={"priority": "high"})  # type: ignore[arg-type]
+define_task("q", send, options={"priority": "high"})  # type: ignore[call-overload]
 define_task("q", send, TaskOptions(priority="urgent"))  # type: ignore[arg-type]
-define_task("q", send, worker_options={"concurrency": 5})  # type: ignore[arg-type]
-define_task("q", send, worker_options={"lockDuration": "1000"})  # type: ignore[arg-type]
+define_task("q", send, worker_options={"concurrency": 5})  # type: ignore[call-overload]
+define_task("q", send, worker_options={"lockDuration": "1000"})  # type: ignore[call-overload]

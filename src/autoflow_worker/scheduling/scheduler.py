@@ -26,7 +26,7 @@ from autoflow_worker.pauses import Pauses
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.new_rows import PATIENCE, RETRY_PAUSE, RETRY_PAUSE_MAX, NewRows
 from autoflow_worker.settings import check_urls
-from autoflow_worker.tasks.definition import PRIORITIES, TaskDefinition
+from autoflow_worker.tasks.definition import CORRELATION_ID, PRIORITIES, TaskDefinition
 
 log = structlog.get_logger(__name__)
 
@@ -113,7 +113,8 @@ class TaskScheduler:
             payload: an instance of the task's payload type, or the object that it is in JSON.
             delay_ms: run it that many milliseconds later.
             user_id: whose task it is.
-            correlation_id: passed on to the handler; generated if not given.
+            correlation_id: passed on to the handler; generated if not given. A payload whose type
+                names `correlationId` may bring it instead.
 
         Raises:
             PayloadError: the payload does not validate; nothing was written.
@@ -126,8 +127,8 @@ class TaskScheduler:
         delay_ms = delay_ms or 0
         if not 0 <= delay_ms <= MAX_DELAY_MS:
             raise WorkerError(f"delay_ms must be from 0 to {MAX_DELAY_MS}, not {delay_ms}")
-        data = _payload_object(task, payload)
-        job = self._job(task, {**data, "correlationId": correlation_id or str(uuid4())}, delay_ms)
+        data = _job_data(task, payload, correlation_id)
+        job = self._job(task, data, delay_ms)
         begun = asyncio.create_task(self._schedule(job, _row(task, job, user_id)))
         self._begun.add(begun)
         begun.add_done_callback(self._end)
@@ -219,8 +220,10 @@ class TaskScheduler:
             log.error("row_left_behind", task_id=job.id, reason=str(failure))
 
 
-def _payload_object(task: TaskDefinition[Any], payload: object) -> dict[str, Any]:
-    """Return the payload as the JSON object that it travels as; raises PayloadError."""
+def _job_data(
+    task: TaskDefinition[Any], payload: object, correlation_id: str | None
+) -> dict[str, Any]:
+    """Return the data that a job of this payload has; raises PayloadError."""
     try:
         # By alias and without computed fields, as the worker validates it.
         data = storable(to_jsonable_python(payload, by_alias=True, round_trip=True))
@@ -229,9 +232,10 @@ def _payload_object(task: TaskDefinition[Any], payload: object) -> dict[str, Any
         raise PayloadError(reason) from error
     if not isinstance(data, dict):
         raise PayloadError(f"payload is no JSON object, but a {type(payload).__name__}")
-    if "correlationId" in data:
-        raise PayloadError("correlationId is no field of a payload: pass correlation_id=")
-    task.parse_payload(dict(data))
+    if CORRELATION_ID in data and not task.takes_correlation_id:
+        raise PayloadError("correlationId is no field of the payload: pass correlation_id=")
+    data[CORRELATION_ID] = correlation_id or data.get(CORRELATION_ID) or str(uuid4())
+    task.parse_payload(data)
     return data
 
 

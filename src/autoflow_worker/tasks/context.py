@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bullmq import Job
     from structlog.typing import FilteringBoundLogger
 
-ResourcesT = TypeVar("ResourcesT", default=Any)
+ResourcesT_co = TypeVar("ResourcesT_co", covariant=True, default=object)
 
 
 class TaskCancelledError(Exception):
@@ -59,7 +59,7 @@ class NoAttempt:
         await asyncio.Event().wait()
 
 
-class TaskContext(Generic[ResourcesT]):
+class TaskContext(Generic[ResourcesT_co]):
     """What a handler gets to know about its attempt, and what it can do besides returning.
 
     Each method but ``wait_cancelled`` may be called from any thread.
@@ -104,9 +104,9 @@ class TaskContext(Generic[ResourcesT]):
         return self._running.job
 
     @property
-    def resources(self) -> ResourcesT:
+    def resources(self) -> ResourcesT_co:
         """What the task's ``lifespan`` yielded; ``None`` without one."""
-        resources: ResourcesT = self._running.resources
+        resources: ResourcesT_co = self._running.resources
         return resources
 
     # -- reports ---------------------------------------------------------------------------------

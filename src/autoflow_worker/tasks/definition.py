@@ -1,13 +1,14 @@
 """``define_task``, and the objects that a task's author meets."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, overload
 
 # BullMQ's own exceptions: a handler raises them to delay, fail or park its job.
 from bullmq.custom_errors import DelayedError, UnrecoverableError, WaitingChildrenError
 from pydantic import TypeAdapter
+from typing_extensions import TypeVar  # typing's own has defaults from Python 3.13 on
 
 from autoflow_worker.errors import TaskListError
 from autoflow_worker.tasks import payload as payloads
@@ -29,10 +30,14 @@ Priority = Literal["critical", "high", "normal", "low"]
 #: BullMQ's number for each priority; the lowest runs first (contract, section 1).
 PRIORITIES: Mapping[Priority, int] = {"critical": 1, "high": 2, "normal": 3, "low": 4}
 
+#: The field of a job's data that is no part of the payload (contract, section 1).
+CORRELATION_ID = "correlationId"
+
 MAX_CONCURRENCY = 10_000
 MAX_ATTEMPTS = 1_000_000
 
 P = TypeVar("P")
+R = TypeVar("R", default=Any)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,39 +63,62 @@ class TaskOptions:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TaskDefinition(Generic[P]):
+class TaskDefinition(Generic[P, R]):
     """A queue and the handler that runs its jobs; made by ``define_task``.
+
+    ``P`` is the payload's type, ``R`` that of the handler's result.
 
     Attributes:
         queue_name: the queue, which is the task's name.
         worker_options: checked.
         is_async: whether the handler is awaited; a handler that is not runs in a thread.
         payload_adapter: pydantic's validator, ``None`` for the plain JSON object.
+        takes_correlation_id: whether the payload's type has a field ``correlationId``.
     """
 
     queue_name: str
-    handler: Callable[[P, TaskContext], object]
+    handler: Callable[[P, TaskContext[Any]], Awaitable[R] | R]
     options: TaskOptions
     worker_options: Mapping[str, Any]
     is_async: bool
     payload_adapter: TypeAdapter[P] | None = field(repr=False)
+    takes_correlation_id: bool
 
-    def parse_payload(self, data: dict[str, object]) -> P:
-        """Return the payload from a job's data, which comes without its ``correlationId``.
+    def parse_payload(self, data: object) -> P:
+        """Return the payload from a job's data, without the ``correlationId`` that it may not take.
 
         Raises:
             PayloadError: the data does not validate; the message names the fields.
         """
+        if isinstance(data, dict) and not self.takes_correlation_id and CORRELATION_ID in data:
+            data = {key: value for key, value in data.items() if key != CORRELATION_ID}
         return payloads.parse(self.payload_adapter, data)  # type: ignore[no-any-return]
 
 
+# Type checkers take the first overload that fits: the result of an `async def` is what it returns.
+@overload
 def define_task(
     queue_name: str,
-    handler: Callable[[P, TaskContext], object],
+    handler: Callable[[P, TaskContext[Any]], Awaitable[R]],
+    options: TaskOptions = ...,
+    payload: type[P] | TypeAdapter[P] | None = ...,
+    worker_options: WorkerOptions | None = ...,
+) -> TaskDefinition[P, R]: ...
+@overload
+def define_task(
+    queue_name: str,
+    handler: Callable[[P, TaskContext[Any]], R],
+    options: TaskOptions = ...,
+    payload: type[P] | TypeAdapter[P] | None = ...,
+    worker_options: WorkerOptions | None = ...,
+) -> TaskDefinition[P, R]: ...
+def define_task(
+    queue_name: str,
+    handler: Callable[[P, TaskContext[Any]], Awaitable[R] | R],
     options: TaskOptions = TaskOptions(),
     payload: type[P] | TypeAdapter[P] | None = None,
     worker_options: WorkerOptions | None = None,
-) -> TaskDefinition[P]:
+) -> TaskDefinition[P, R]:
     """Define the task that runs the jobs of one queue.
 
     Args:
@@ -107,13 +135,15 @@ def define_task(
     _check_queue_name(queue_name)
     _check_handler(queue_name, handler)
     _check_options(queue_name, options)
+    adapter = _adapter(queue_name, handler, payload)
     return TaskDefinition(
         queue_name=queue_name,
         handler=handler,
         options=options,
         worker_options=check_worker_options(queue_name, worker_options),
         is_async=inspect.iscoroutinefunction(payloads.underlying_function(handler)),
-        payload_adapter=_adapter(queue_name, handler, payload),
+        payload_adapter=adapter,
+        takes_correlation_id=payloads.has_field(adapter, CORRELATION_ID),
     )
 
 

@@ -21,6 +21,7 @@ MAX_MESSAGE_LENGTH = 2_000
 # The most faults that are described one by one: more of them would block the event loop.
 _MAX_DESCRIBED = 5_000
 _MAX_PART_LENGTH = 64
+_MAX_SCHEMAS = 1_000  # parts of a schema that are looked at, which may refer to each other
 
 # Types for which any JSON object is valid.
 _PLAIN: list[Any] = [Any, object, dict, dict[str, Any], dict[str, object]]
@@ -68,6 +69,27 @@ def payload_adapter(annotation: Any) -> TypeAdapter[Any] | None:
     if not adapter.pydantic_complete:
         adapter.rebuild(raise_errors=True)
     return adapter
+
+
+def has_field(adapter: TypeAdapter[Any] | None, name: str) -> bool:
+    """Whether a type's JSON objects have a field of this name of their own."""
+    if adapter is None:
+        return False
+    try:
+        schema = adapter.json_schema(mode="validation")
+    except Exception:  # A type without a JSON schema tells of no fields.
+        return False
+    definitions = schema.get("$defs", {})
+    waiting, seen = [schema], 0
+    while waiting and seen < _MAX_SCHEMAS:
+        part, seen = waiting.pop(), seen + 1
+        if name in part.get("properties", {}):
+            return True
+        for union in ("anyOf", "oneOf", "allOf"):
+            waiting += part.get(union, [])
+        if reference := part.get("$ref"):
+            waiting.append(definitions.get(reference.rpartition("/")[2], {}))
+    return False
 
 
 def parse(adapter: TypeAdapter[Any] | None, data: object) -> Any:

@@ -23,6 +23,7 @@ from autoflow_worker.recording import patches
 from autoflow_worker.recording.write import Verdict
 from autoflow_worker.tasks.context import TaskCancelledError, TaskContext
 from autoflow_worker.tasks.definition import (
+    CORRELATION_ID,
     DelayedError,
     TaskDefinition,
     UnrecoverableError,
@@ -33,6 +34,7 @@ from autoflow_worker.worker.fetcher import Fetcher
 from autoflow_worker.worker.handler import Outcome, execute
 from autoflow_worker.worker.history import JobHistory
 from autoflow_worker.worker.reports import Reports
+from autoflow_worker.worker.returned import ReportedFailureError, output_of
 from autoflow_worker.worker.threads import HandlerThreads
 from autoflow_worker.worker.time_limit import TimeLimit, Wait, end
 
@@ -89,13 +91,8 @@ class Attempt:
             await self._advance_scheduler(claim.scheduler)
         if claim.never:
             return await self._fail(UnrecoverableError(claim.never))
-        data = claim.data
-        correlation_id = None
-        if isinstance(data, dict):
-            data = dict(data)
-            correlation_id = data.pop("correlationId", None)
         try:
-            payload = task.parse_payload(data)
+            payload = task.parse_payload(claim.data)
         except PayloadError as error:
             return await self._fail(error)
         verdict = await self.history.start()
@@ -103,7 +100,7 @@ class Attempt:
             return await self._acknowledge_failure(Finish("failedReason", "the task is cancelled"))
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
-        outcome = await self._execute(payload, correlation_id)
+        outcome = await self._execute(payload)
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
         if isinstance(outcome.error, DelayedError | WaitingChildrenError):
@@ -112,9 +109,11 @@ class Attempt:
             return await self._fail(outcome.error)
         return await self._complete(outcome)
 
-    async def _execute(self, payload: Any, correlation_id: object) -> Outcome:
+    async def _execute(self, payload: Any) -> Outcome:
         """Run the handler, and send what it reported last."""
         setup, claim = self.setup, self.claim
+        data = claim.data
+        correlation_id = data.get(CORRELATION_ID) if isinstance(data, dict) else None
         context: TaskContext[Any] = TaskContext(
             running=self,
             task_id=claim.id,
@@ -182,8 +181,9 @@ class Attempt:
 
     async def _complete(self, outcome: Outcome) -> Reply:
         try:
-            result = patches.encoded_result(outcome.value, outcome.duration_ms)
-        except NotStorableError as error:
+            output, duration_ms = output_of(outcome.value, outcome.duration_ms)
+            result = patches.encoded_result(output, duration_ms)
+        except (ReportedFailureError, NotStorableError) as error:
             return await self._fail(error)
         await self.history.complete(result)
         send = partial(self.setup.queue.complete, self.claim, result)

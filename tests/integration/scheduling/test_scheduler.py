@@ -6,9 +6,10 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from redis.asyncio import Redis
 
-from autoflow_worker import TaskScheduler
+from autoflow_worker import TaskContext, TaskScheduler, define_task
 from autoflow_worker.errors import (
     PayloadError,
     SettingsError,
@@ -271,3 +272,22 @@ async def test_the_command(worker_process: WorkerStarter, db: Database, node5: N
     assert await refused.wait() == 2
     assert "n: " in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+async def test_a_payload_that_names_its_correlation_id(
+    scheduler: TaskScheduler, db: Database, node5: Node
+) -> None:
+    class Named(BaseModel):
+        n: int
+        correlationId: str  # noqa: N815 - the field's name in a job
+
+    async def handler(payload: Named, ctx: TaskContext) -> None: ...
+
+    task = define_task("q", handler)
+    by_payload = await scheduler.schedule(task, Named(n=1, correlationId="c"))
+    by_argument = await scheduler.schedule(task, {"n": 1}, correlation_id="c")
+    for task_id in (by_payload, by_argument):
+        job = await node5.get_job("q", task_id)
+        assert job is not None
+        assert job["data"] == {"n": 1, "correlationId": "c"}
+        assert (await db.task(task_id)).payload == {"n": 1}

@@ -204,16 +204,16 @@ def test_options_that_make_no_sense(options: dict[str, Any], argument: str) -> N
 
 def test_options_of_another_type() -> None:
     with pytest.raises(TaskListError, match="TaskOptions"):
-        define_task("mails", takes_email, options={"priority": "high"})  # type: ignore[arg-type]
+        define_task("mails", takes_email, options={"priority": "high"})  # type: ignore[call-overload]
 
 
 def test_worker_options_are_checked_and_copied() -> None:
     given = {"lockDuration": 1000}
-    task = define_task("q", takes_email, worker_options=given)  # type: ignore[arg-type]
+    task = define_task("q", takes_email, worker_options=given)  # type: ignore[call-overload]
     given["lockDuration"] = 1
     assert task.worker_options == {"lockDuration": 1000}
     with pytest.raises(TaskListError, match="task 'q': worker_options: concurrency"):
-        define_task("q", takes_email, worker_options={"concurrency": 2})  # type: ignore[arg-type]
+        define_task("q", takes_email, worker_options={"concurrency": 2})  # type: ignore[call-overload]
 
 
 def test_a_context_can_be_made_for_a_handlers_own_tests() -> None:

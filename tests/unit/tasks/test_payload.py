@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from autoflow_worker.errors import PayloadError
 from autoflow_worker.tasks import payload as payloads
+from autoflow_worker.tasks.payload import has_field, payload_adapter
 
 
 class Colour(enum.Enum):
@@ -158,3 +159,35 @@ def test_any_object_parses_or_is_refused(data: dict[str, Any]) -> None:
         assert len(str(parsed)) < payloads.MAX_MESSAGE_LENGTH + 200
     else:
         assert isinstance(parsed, Order)
+
+
+class Named(BaseModel):
+    correlationId: str  # noqa: N815 - the field's name in a job
+
+
+class Aliased(BaseModel):
+    of: str = Field(alias="correlationId")
+
+
+class Nested(BaseModel):
+    inner: Named
+
+
+class Loop(BaseModel):
+    loops: "list[Loop]" = []
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [
+        (Named, True),
+        (Aliased, True),
+        (Named | Nested, True),
+        (Nested, False),
+        (Loop, False),
+        (dict[str, int], False),
+        (Any, False),
+    ],
+)
+def test_whether_a_type_names_a_field(annotation: Any, expected: bool) -> None:
+    assert has_field(payload_adapter(annotation), "correlationId") is expected
