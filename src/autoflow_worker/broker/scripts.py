@@ -117,12 +117,14 @@ redis.call('SREM', stalled, ARGV[2])
 return redis.call('LREM', active, 0, ARGV[2])
 """
 
-# Put the marker back if the queue has jobs.
+# Put the markers that BullMQ puts: one for jobs that wait, and one with the time of the next
+# delayed job, whose score has a counter in its lower 12 bits.
 PUT_MARKER: Final = """
-local left = redis.call('LLEN', KEYS[2]) + redis.call('ZCARD', KEYS[3])
-if left + redis.call('ZCARD', KEYS[4]) > 0 then
+if redis.call('LLEN', KEYS[2]) + redis.call('ZCARD', KEYS[3]) > 0 then
   redis.call('ZADD', KEYS[1], 0, '0')
 end
+local due = redis.call('ZRANGE', KEYS[4], 0, 0, 'WITHSCORES')[2]
+if due then redis.call('ZADD', KEYS[1], due / 0x1000, '1') end
 """
 
 # The keys of BullMQ's script `moveToFinished`, up to the job's own.

@@ -100,6 +100,7 @@ class WorkerOptions(TypedDict, total=False):
         stalledInterval: ms between checks for stalled jobs (30000).
         maxStalledCount: how often a job may stall before it fails (1).
         drainDelay: seconds that a fetch from an empty queue blocks (5).
+        maximumRateLimitDelay: ms after which a rate limited queue is asked again (30000).
         removeOnComplete: for jobs that do not say it themselves.
         removeOnFail: for jobs that do not say it themselves.
     """
@@ -118,6 +119,7 @@ class WorkerOptions(TypedDict, total=False):
     drainDelay: Annotated[
         float, Field(ge=0.001, le=60, description="a number of seconds from 0.001 to 60")
     ]
+    maximumRateLimitDelay: Annotated[int, _whole(1, unit=" ms")]
     limiter: Annotated[
         Limiter, Field(description="a dict with max (jobs) and duration (ms), from 1")
     ]
@@ -151,7 +153,6 @@ _WAY_OUT = {
     "backoffStrategy": 'write it as {"settings": {"backoffStrategy": ...}}',
     "telemetry": "it exists for Node only",
     "useWorkerThreads": "it exists for Node only; a sync handler runs in a thread",
-    "maximumRateLimitDelay": "the next job starts when the limit ends",
 }
 
 

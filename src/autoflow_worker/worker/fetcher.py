@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Collection
-from typing import Any
+from typing import Any, Final
 
 import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -17,31 +17,36 @@ from autoflow_worker.worker.threads import HandlerThreads
 
 log = structlog.get_logger(__name__)
 
+MAX_BLOCK: Final = 10.0
+"""Seconds that an idle queue blocks at most while a delayed job is known, as with Node."""
+
 
 class Fetcher:
     """Fetches the jobs for the slots of one TaskWorker until it is stopped, unless it is quiet.
 
     Args:
         running: the claims that are held right now.
-        drain_delay: seconds, BullMQ's `drainDelay`: an idle queue costs one command in that time.
         threads: the task's threads; no job is fetched that would find none.
         breakages: how often in a row the task's slots broke; no job is fetched during their pause.
+        drain_delay: seconds, BullMQ's `drainDelay`: a job without a marker waits no longer.
+        limit_delay: seconds, BullMQ's `maximumRateLimitDelay`: a rate limited queue is asked this
+            often for delayed jobs that are due, and whether the limit still holds.
     """
 
     def __init__(
         self,
         queue: JobQueue,
         running: Collection[Claim],
-        drain_delay: float,
         threads: HandlerThreads,
         breakages: Breakages,
+        *,
+        drain_delay: float,
+        limit_delay: float,
     ) -> None:
         self._queue = queue
         self._running = running
-        # A fetch follows each blocking read, even one in vain, because a marker can die with the
-        # worker that took it. Block for 2.5 x `drainDelay`. The blocking read, the fetch and the
-        # maintenance together then average about one command per `drainDelay`.
-        self._block_seconds = 2.5 * drain_delay
+        self._drain_delay = drain_delay
+        self._limit_delay = limit_delay
         self._threads = threads
         self._breakages = breakages
         self._stop = asyncio.Event()
@@ -139,26 +144,35 @@ class Fetcher:
 
     async def _until_work(self) -> None:
         """Wait until a fetch may find a job."""
-        loop = asyncio.get_running_loop()
-        limited = self._limited_until - loop.time()
+        limited = self._limited_until - asyncio.get_running_loop().time()
         if limited > 0:
             await self._until_stopped(asyncio.sleep(limited))
             return
-        if not self._drained:
-            return
-        due_in = (self._delayed_until - now_ms()) / 1000 if self._delayed_until else None
-        if due_in is not None and due_in <= 0:
-            return
-        if self.is_stopping or self.is_quiet:
-            return
+        due_at = self._delayed_until
+        while self._drained and not (self.is_stopping or self.is_quiet):
+            due_in = (due_at - now_ms()) / 1000 if due_at else None
+            if due_in is not None and due_in <= 0:
+                return
+            marked = await self._marker_before(due_in)
+            if not marked:
+                return
+            due_at = min(marked, due_at or marked)
+
+    async def _marker_before(self, due_in: float | None) -> int | None:
+        """Wait for a marker, or for a delayed job that is due in so many seconds."""
         self._wake.clear()
+        if due_in is None:
+            # A marker can die with the worker that took it, and none is put when a limit or a pause
+            # ends. So an idle queue is asked every `drainDelay`: by the fetch that follows a wait,
+            # and by a look half-way, which costs less than a fetch and another wait.
+            delay = self._drain_delay
+            return await self._queue.marker.wait(2 * delay, self._wake, look_after=delay)
         # Redis ends a blocking read up to 0.1 s late, which is too late for a delayed job.
-        timer = None if due_in is None else loop.call_later(due_in, self._wake.set)
+        timer = asyncio.get_running_loop().call_later(due_in, self._wake.set)
         try:
-            await self._queue.marker.wait(self._block_seconds, self._wake)
+            return await self._queue.marker.wait(MAX_BLOCK, self._wake)
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
     async def _until_awake(self) -> None:
         """Wait as long as this is quiet; first give away the marker that may have been taken."""
@@ -184,7 +198,7 @@ class Fetcher:
             self._drained = reply.claim is None and not reply.limited_ms
             self._delayed_until = reply.delayed_until
             self._limited_until = (
-                asyncio.get_running_loop().time() + reply.limited_ms / 1000
+                asyncio.get_running_loop().time() + min(reply.limited_ms / 1000, self._limit_delay)
                 if reply.limited_ms
                 else 0.0
             )

@@ -37,6 +37,9 @@ log = structlog.get_logger(__name__)
 DRAIN_DELAY: Final = 5.0
 """Seconds, BullMQ's `drainDelay`: an idle queue is asked for this often even without a marker."""
 
+LIMIT_DELAY_MS: Final = 30_000
+"""BullMQ's `maximumRateLimitDelay`, in ms: how long a rate limit is slept out at a time."""
+
 CUT_OFF_PATIENCE: Final = UNWIND_PATIENCE + 0.2
 """Seconds at the deadline for handlers to clean up, and for their last outcomes to be recorded."""
 
@@ -81,9 +84,10 @@ class TaskWorker:
         self._fetcher = Fetcher(
             queue,
             self._running,
-            task.worker_options.get("drainDelay", DRAIN_DELAY),
             self._threads,
             self._breakages,
+            drain_delay=task.worker_options.get("drainDelay", DRAIN_DELAY),
+            limit_delay=task.worker_options.get("maximumRateLimitDelay", LIMIT_DELAY_MS) / 1000,
         )
         self._acknowledger = Acknowledger(queue, self._fetcher)
         self._hand_back = HandBack(queue)

@@ -1,7 +1,7 @@
 """An idle worker costs next to nothing, and wakes at once: by BullMQ's marker, or at a job's time.
 
 `drainDelay` is a minute as a rule: whatever happens earlier, happens not because the queue was
-asked for the fun of it.
+asked for the fun of it. A delayed job that is known ends each wait after 10 s, as with Node.
 """
 
 import asyncio
@@ -17,7 +17,6 @@ from redis.asyncio import Redis
 
 from autoflow_worker import TaskContext, TaskDefinition, TaskOptions, define_task
 from tests.support.database import Database
-from tests.support.node import Node
 from tests.support.plain import blocked, clients, producer, until_idle
 from tests.support.running import RunWorker, running
 from tests.support.servers import OwnServer
@@ -97,8 +96,8 @@ async def test_an_idle_task_is_one_blocked_connection(
         await until(lambda: has_read(10))
         after, elapsed = await asked(), time.monotonic() - since
         count = sum(after.values()) - sum(before.values())
-        # One command per drainDelay and queue; the ends of the interval cut off a part of one.
-        assert count <= 2 * (elapsed / options["drainDelay"] + 2)
+        # Three commands in two drainDelays for each queue, and a part at the interval's ends.
+        assert count <= 2 * (1.5 * elapsed / options["drainDelay"] + 3)
 
 
 # -- waking ----------------------------------------------------------------------------------------
@@ -207,55 +206,6 @@ async def test_a_marker_that_died_with_its_worker_is_made_good(
             transaction.delete(queue.keys["marker"])
             await transaction.execute()
         await db.until_status("unseen", "completed")
-
-
-async def test_a_paused_queue_wakes_when_it_is_resumed(
-    run_worker: RunWorker, redis: Redis, db: Database, name: str, node: Node
-) -> None:
-    async with run_worker([dozy_task()]):
-        await node.pause("naps")
-        task_id = await db.insert_task("naps")
-        await node.schedule("naps", task_id=task_id)
-        await until_idle(redis, name)
-        assert await db.status(task_id) == "pending"
-        await node.resume("naps")
-        await db.until_status(task_id, "completed")
-
-
-# -- rate limits -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("concurrency", [1, 5])
-async def test_jobs_go_on_when_the_rate_limit_ends(
-    run_worker: RunWorker, queue: Queue, db: Database, concurrency: int
-) -> None:
-    task = dozy_task(concurrency, limiter={"max": 2, "duration": 300})
-    jobs = [await queue.add("naps", {}, {"jobId": f"job-{n}"}) for n in range(6)]
-    async with run_worker([task]):
-        for job in jobs:
-            await started_ms(db, job)
-
-
-async def test_a_limit_that_node_sets_for_the_queue(
-    run_worker: RunWorker, queue: Queue, db: Database, node: Node
-) -> None:
-    await node.queue("naps", "setGlobalRateLimit", 1, 200)
-    jobs = [await queue.add("naps", {}, {"jobId": f"job-{n}"}) for n in range(3)]
-    async with run_worker([dozy_task(2)]):
-        for job in jobs:
-            await started_ms(db, job)
-
-
-async def test_stopping_does_not_wait_for_a_rate_limit(
-    run_worker: RunWorker, queue: Queue, db: Database, redis: Redis, prefix: str
-) -> None:
-    task = dozy_task(limiter={"max": 1, "duration": 600_000})
-    jobs = [await queue.add("naps", {}, {"jobId": f"job-{n}"}) for n in range(2)]
-    async with run_worker([task], worker_shutdown_grace=600) as worker:
-        await started_ms(db, jobs[0])
-        async with asyncio.timeout(PATIENCE):
-            assert await worker.stop() == 0
-    assert await redis.lrange(f"{prefix}:naps:wait", 0, -1) == ["job-1"]
 
 
 async def test_stopping_does_not_wait_for_a_delayed_job(

@@ -172,7 +172,7 @@ async def test_17_a_marker_that_is_taken_while_closing_is_put_back(stage: Stage)
 
     async with Proxy(stage.redis_url) as proxy:
         # Its seconds, as BZPOPMIN is tried at the start, too.
-        wait = proxy.hold_reply_to(b"12.5")
+        wait = proxy.hold_reply_to(b"10.0")
         task = define_task("ours", stage.our_handler)
         async with stage.run_ours(task, url=proxy.url) as running_worker:
             await until_idle(stage.redis, stage.our_name)
