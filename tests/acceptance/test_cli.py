@@ -210,6 +210,19 @@ async def test_check_when_all_is_well(worker_process: WorkerStarter) -> None:
     assert worker.stderr == ""
 
 
+async def test_check_warns_of_a_paused_queue_that_two_bullmqs_use(
+    worker_process: WorkerStarter, node5: Node, node6: Node
+) -> None:
+    await node5.pause("mails")
+    for node in (node5, node5, node6):
+        await node.add("mails", {})
+    worker = worker_process(GOOD_TASKS, command="check")
+    assert await worker.wait() == 0, worker.report()
+    [warning] = [line for line in worker.stdout.splitlines() if "warning" in line]
+    assert "mails is paused, and has jobs both in BullMQ 5's list 'paused' (2)" in warning
+    assert "in BullMQ 6's 'wait' (1)" in warning
+
+
 async def test_check_tells_everything_that_is_wrong(
     worker_process: WorkerStarter, db: Database
 ) -> None:

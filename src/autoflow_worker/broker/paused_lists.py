@@ -9,7 +9,9 @@ with BullMQ 5, a worker with BullMQ 6 loses each job that it puts into `wait` du
 
 import re
 from functools import cache
-from typing import Final
+from typing import Any, Final, NamedTuple
+
+from autoflow_worker.broker.client import PipelinedRedis
 
 MAX_JOINED: Final = 10_000
 """How many jobs `JOIN` moves at once, at most: it blocks Redis for a few milliseconds."""
@@ -52,6 +54,13 @@ return joined
 """
 
 
+class Split(NamedTuple):
+    """How many jobs a paused queue has in each of its two lists, neither of which is empty."""
+
+    paused: int
+    wait: int
+
+
 # The function is made only where it is needed, as these scripts run for each job.
 _CHOOSE: Final = f"""if {{paused}} then
 {WAITING_LIST}
@@ -73,3 +82,17 @@ def differs(name: str, script: str) -> bool:
     """Whether BullMQ's script of this name puts jobs into `wait` in a way that is not known."""
     pushes, promotions = len(_PUSH.findall(script)), len(_PROMOTE.findall(script))
     return (pushes, promotions) != (int(name in PUSHING), int(name in PROMOTING))
+
+
+async def find_split(redis: PipelinedRedis, prefix: str, queue: str) -> Split | None:
+    """Return how the jobs of a paused queue are split; None if they are not, or it is not paused.
+
+    Raises:
+        redis.exceptions.RedisError: the server can't be reached, or refuses a command.
+    """
+    base = f"{prefix}:{queue}:"
+    paused: Any = await redis.execute_command("LLEN", base + "paused")
+    wait: Any = await redis.execute_command("LLEN", base + "wait")
+    if not (paused and wait and await redis.execute_command("HEXISTS", base + "meta", "paused")):
+        return None
+    return Split(int(paused), int(wait))

@@ -6,7 +6,9 @@ from typing import Any, Final
 from bullmq import Job, Queue
 
 from autoflow_worker.broker.client import PipelinedRedis
-from autoflow_worker.broker.script_guard import guard
+from autoflow_worker.broker.script_guard import guard, guarded
+from autoflow_worker.broker.scripts import PUT_BACK, PUT_BACK_KEYS
+from autoflow_worker.clock import now_ms
 
 KEPT_COMPLETED: Final = 100
 KEPT_FAILED: Final = 500
@@ -22,6 +24,7 @@ class Producer:
     def __init__(self, redis: PipelinedRedis, prefix: str) -> None:
         self._redis = redis
         self._prefix = prefix
+        self._put_back = redis.register_script(guarded(PUT_BACK))
         self._queues: dict[str, Queue] = {}
 
     def queue(self, name: str) -> Queue:
@@ -62,3 +65,12 @@ class Producer:
         except TypeError:  # bullmq raises it if the job is not in `failed`.
             return False
         return True
+
+    async def put_back(self, queue: str, job_id: str) -> bool:
+        """Put a job that is in no list back into its queue; errors are those of `add`.
+
+        Return False if it is in a list after all, or held, finished or deleted.
+        """
+        base = f"{self._prefix}:{queue}:"
+        keys = [base + name for name in (f"{job_id}:lock", job_id, "active", *PUT_BACK_KEYS)]
+        return bool(await self._put_back(keys=keys, args=[job_id, now_ms()]))

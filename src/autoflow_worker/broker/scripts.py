@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgpack
 
 from autoflow_worker.broker.claim import Claim
+from autoflow_worker.broker.paused_lists import WAITING_LIST
 
 # A function of a job's id and the index in KEYS of the first key of ELSEWHERE.
 _IS_ELSEWHERE: Final = """
@@ -25,7 +26,7 @@ ELSEWHERE: Final = (
     *("wait", "paused"),
     *("prioritized", "delayed", "waiting-children", "completed", "failed"),
 )
-"""The two lists and five sets of jobs that are not active; the last keys of HOLD and BURY."""
+"""The two lists and five sets of jobs that are not active: the last keys of three scripts."""
 
 # Return who holds the job. An expired lock is taken again unless another worker has claimed the job
 # since, which `ats` shows, as it counts the claims. Without this, each job that runs during a pause
@@ -116,6 +117,34 @@ redis.call('DEL', lock, job)
 redis.call('SREM', stalled, ARGV[2])
 return redis.call('LREM', active, 0, ARGV[2])
 """
+
+# Put a job that is in no list back into its queue, as a job that has just become due. Do nothing if
+# it is finished, held or in a list. A job with unfinished children waits for them.
+PUT_BACK: Final = f"""
+{_IS_ELSEWHERE}
+{WAITING_LIST}
+local lock, job, active, meta, counter, marker, events, wait, _, prioritized = unpack(KEYS)
+local id, now, children = ARGV[1], ARGV[2], KEYS[12]
+if redis.call('EXISTS', job) == 0 or redis.call('EXISTS', lock) == 1 then return 0 end
+if redis.call('HEXISTS', job, 'finishedOn') == 1 then return 0 end
+if redis.call('LPOS', active, id) or is_elsewhere(id, 8) then return 0 end
+local priority = tonumber(redis.call('HGET', job, 'priority')) or 0
+redis.call('HSET', job, 'delay', 0)
+if redis.call('SCARD', job .. ':dependencies') > 0 then
+  redis.call('ZADD', children, now, id)
+  return 1
+elseif priority > 0 then
+  local count = redis.call('INCR', counter)
+  redis.call('ZADD', prioritized, priority * 0x100000000 + count % 0x100000000, id)
+else
+  redis.call('LPUSH', waiting_list(wait), id)
+end
+redis.call('XADD', events, '*', 'event', 'waiting', 'jobId', id)
+if redis.call('HEXISTS', meta, 'paused') == 0 then redis.call('ZADD', marker, 0, '0') end
+return 1
+"""
+PUT_BACK_KEYS: Final = ("meta", "pc", "marker", "events", *ELSEWHERE)
+"""The keys of PUT_BACK after the job's lock, the job and `active`."""
 
 # Put the markers that BullMQ puts: one for jobs that wait, and one with the time of the next
 # delayed job, whose score has a counter in its lower 12 bits.

@@ -9,6 +9,7 @@ from redis.exceptions import RedisError
 
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.official_worker import official_worker
+from autoflow_worker.broker.paused_lists import find_split
 from autoflow_worker.broker.requirements import examine_redis
 from autoflow_worker.encoding.masking import mask_secrets
 from autoflow_worker.errors import RedisUnavailableError, SettingsError, WorkerError
@@ -92,9 +93,22 @@ async def _redis(settings: Settings, queues: Sequence[str]) -> list[str]:
             await client.open(min(PATIENCE, settings.worker_startup_timeout))
             # The commands are tried on the keys of the task list's queues, if there is one.
             report = await examine_redis(client, settings.bullmq_prefix, queues)
+            split = [await _split(client, settings.bullmq_prefix, queue) for queue in queues]
         except (OSError, RedisError) as error:
             raise RedisUnavailableError(f"Redis went away: {error}") from error
-    return [report.server, *report.warnings]
+    return [report.server, *report.warnings, *filter(None, split)]
+
+
+async def _split(client: PipelinedRedis, prefix: str, queue: str) -> str:
+    found = await find_split(client, prefix, queue)
+    if found is None:
+        return ""
+    return (
+        f"{queue} is paused, and has jobs both in BullMQ 5's list 'paused' ({found.paused:,}) and"
+        f" in BullMQ 6's 'wait' ({found.wait:,}). If BullMQ 5 resumes it now, those in 'wait' are"
+        " lost. Resume it with BullMQ 6, or run a worker for a minute first, which joins the lists"
+        " (docs/contract.md, section 9)"
+    )
 
 
 async def _database(settings: Settings, queues: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """The `reconcile` command: compare the rows that are not finished with their jobs in BullMQ.
 
 It settles what the Node worker left behind, tasks that the API retried while BullMQ still kept
-their failed job, and what a disaster left. `reconcile_plan` decides what to do about a row.
+their failed job, jobs that a pause lost (contract, section 9), and what a disaster left.
+`reconcile_plan` decides what to do about a row.
 
 It does not compare finished rows. BullMQ keeps only the last few hundred finished jobs, so a
 missing job says nothing about its row; and a job that runs again writes its row itself.
@@ -30,6 +31,7 @@ from autoflow_worker.operations.reconcile_plan import (
     AddAgain,
     Leave,
     Lost,
+    PutBack,
     ReadTask,
     Retry,
     agrees,
@@ -232,6 +234,9 @@ class _Reconciler:
         try:
             if isinstance(action, Retry):
                 if not await self._producer.retry_failed(str(row.queue), action.job.id):
+                    return None
+            elif isinstance(action, PutBack):
+                if not await self._producer.put_back(str(row.queue), action.job.id):
                     return None
             elif isinstance(action, AddAgain):
                 # After the row. A crash in between leaves a row without a job, as before.

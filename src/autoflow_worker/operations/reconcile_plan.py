@@ -58,6 +58,16 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
+class PutBack:
+    """Write a patch into the row, then put its job, which is in no list, back into its queue."""
+
+    job: KeptJob
+    patch: Mapping[str, Any]
+    infinitive = "put the job back"
+    past = "put the job back"
+
+
+@dataclass(frozen=True, slots=True)
 class AddAgain:
     """Write a patch into the row, then add its job again, with options by BullMQ's names."""
 
@@ -79,7 +89,7 @@ class ReadTask:
     """Read the row's `Task`, and add its job again as `job_of` says."""
 
 
-Action: TypeAlias = Set | Retry | AddAgain | Leave
+Action: TypeAlias = Set | Retry | PutBack | AddAgain | Leave
 
 
 def agrees(row: Row, job: KeptJob, now_ms: float) -> bool:
@@ -94,7 +104,7 @@ def agrees(row: Row, job: KeptJob, now_ms: float) -> bool:
 
 def plan(
     row: Row, job: KeptJob, *, lost: Lost | None, now_ms: float
-) -> Set | Retry | Leave | ReadTask:
+) -> Set | Retry | PutBack | Leave | ReadTask:
     """Decide what to do about a row that does not agree with its job.
 
     Args:
@@ -104,6 +114,9 @@ def plan(
     """
     if job.fault is not None:
         return Leave(f"the job can't be read: {job.fault}")
+    if job.exists and not job.state and job.text("finishedOn") is None:
+        patch = patches.handed_back_patch()
+        return PutBack(job, {**patch, "delayUntil": None} if row.status == "delayed" else patch)
     if not job.exists or not job.state:
         return _without_job(row, job, lost, now_ms)
     if job.state == "failed" and _was_retried(row):
@@ -121,7 +134,7 @@ def _without_job(
     row: Row, job: KeptJob, lost: Lost | None, now_ms: float
 ) -> Set | Leave | ReadTask:
     if job.exists:
-        what = "the job is in none of BullMQ's lists, so it will never run"
+        what = "the job is finished, and in none of BullMQ's lists"
     elif job.state:
         what = f"the job's fields are gone from Redis, and only its id is left in '{job.state}'"
     elif row.started_at:

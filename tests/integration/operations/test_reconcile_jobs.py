@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 
 import pytest
 from redis.asyncio import Redis
@@ -10,7 +11,8 @@ from autoflow_worker.broker.producer import Producer
 from autoflow_worker.recording.patches import own_row_id
 from tests.support.agreement import bull_jobs, differences
 from tests.support.api import Api
-from tests.support.reconciling import QUEUE, TASK, Compare, told
+from tests.support.node import Node
+from tests.support.reconciling import QUEUE, TASK, Compare, set_rows, told
 from tests.support.running import RunWorker
 
 # -- the API's retry of a job that BullMQ still keeps --------------------------------------------
@@ -67,6 +69,53 @@ async def test_a_retry_on_which_bullmqs_script_breaks_costs_its_own_row_only(
 
     assert found[ids[0]].what.startswith("left: BullMQ's script breaks on the job: WRONGTYPE")
     assert found[ids[1]].what == "retried the job"
+
+
+# -- jobs that are in no list --------------------------------------------------------------------
+
+
+@pytest.fixture
+def unlist(redis: Redis, prefix: str) -> Callable[[str], Awaitable[int]]:
+    """Removes a job from `prioritized`, and leaves its hash."""
+    return lambda job_id: redis.zrem(f"{prefix}:{QUEUE}:prioritized", job_id)
+
+
+async def test_jobs_that_a_pause_lost_are_put_back(
+    compare: Compare,
+    api: Api,
+    node6: Node,
+    run_worker: RunWorker,
+    unlist: Callable[[str], Awaitable[int]],
+) -> None:
+    """BullMQ 5's resume loses what is in `wait`, where BullMQ 6 keeps a paused queue's jobs."""
+    in_wait, delayed = [
+        await api.schedule(QUEUE, {"n": number}, opts={"priority": 0}) for number in range(2)
+    ]
+    await set_rows(
+        api.db, '{"status": "delayed", "delayUntil": "2026-01-02T03:04:05.678Z"}', delayed
+    )
+    with_priority = await api.schedule(QUEUE, {})
+    assert await unlist(with_priority)
+    await node6.pause(QUEUE)
+    await api.schedule(QUEUE, {}, opts={"priority": 0})
+    await api.node.resume(QUEUE)
+    lost = {in_wait, delayed, with_priority}
+    assert {await api.node.get_state(QUEUE, job_id) for job_id in lost} == {"unknown"}
+
+    found = await compare()
+    assert {row_id: one.what for row_id, one in found.items()} == dict.fromkeys(
+        lost, "would put the job back"
+    )
+    found = await compare(fix=True)
+    assert {row_id: one.what for row_id, one in found.items()} == dict.fromkeys(
+        lost, "put the job back"
+    )
+    assert await compare() == {}
+    assert await api.node.get_state(QUEUE, in_wait) == "waiting"
+    assert await api.node.get_state(QUEUE, with_priority) == "prioritized"
+    async with run_worker([TASK]):
+        for job_id in lost:
+            await api.until_both_say(QUEUE, job_id, "completed")
 
 
 # -- rows whose job is gone ----------------------------------------------------------------------

@@ -12,6 +12,7 @@ from autoflow_worker.operations.reconcile_plan import (
     AddAgain,
     Leave,
     Lost,
+    PutBack,
     ReadTask,
     Retry,
     Set,
@@ -201,7 +202,7 @@ GONE = KeptJob(TASK_ID)
         ("gone from Redis, so nobody can tell its end", GONE, BEFORE),
         ("removed from Redis, or was never added", GONE, None),
         ("only its id is left in 'failed'", KeptJob(TASK_ID, state="failed"), BEFORE),
-        ("in none of BullMQ's lists", KeptJob(TASK_ID, exists=True), BEFORE),
+        ("finished, and in none of BullMQ's lists", job("", finishedOn=str(NOW)), BEFORE),
     ],
 )
 def test_a_row_whose_job_can_tell_nothing_is_left_or_fails(
@@ -221,6 +222,16 @@ def test_a_row_whose_job_can_tell_nothing_is_left_or_fails(
 
     again = plan(row(started_at=started_at), kept, lost="requeue", now_ms=NOW)
     assert isinstance(again, ReadTask if kept is GONE else Leave)
+
+
+@pytest.mark.parametrize("lost", ["fail", "requeue", None])
+@pytest.mark.parametrize("status", OPEN)
+def test_a_job_that_is_in_no_list_is_put_back(status: str, lost: Lost | None) -> None:
+    action = plan(row(status), job("", processedOn=str(EARLIER)), lost=lost, now_ms=NOW)
+    assert isinstance(action, PutBack)
+    assert action.patch["status"] == "pending"
+    assert ("delayUntil" in action.patch) is (status == "delayed")
+    TaskRow.model_validate({**task_data(QUEUE, {}), **action.patch})
 
 
 @pytest.mark.parametrize(
