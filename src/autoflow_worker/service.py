@@ -162,6 +162,7 @@ class WorkerService:
                     record_unknown_jobs=settings.record_unknown_jobs,
                 )
             )
+        await asyncio.gather(*(worker.open(timeout) for worker in self.workers))
 
     # -- start -----------------------------------------------------------------------------------
 

@@ -31,11 +31,10 @@ from autoflow_worker.tasks.definition import (
 )
 from autoflow_worker.worker.acknowledge import Acknowledger, Finish
 from autoflow_worker.worker.fetcher import Fetcher
-from autoflow_worker.worker.handler import Outcome, execute
 from autoflow_worker.worker.history import JobHistory
 from autoflow_worker.worker.reports import Reports
 from autoflow_worker.worker.returned import ReportedFailureError, output_of
-from autoflow_worker.worker.threads import HandlerThreads
+from autoflow_worker.worker.runner import Outcome, Runner
 from autoflow_worker.worker.time_limit import TimeLimit, Wait, end
 
 log = structlog.get_logger(__name__)
@@ -54,7 +53,7 @@ class TaskSetup:
     fetcher: Fetcher
     acknowledger: Acknowledger
     limit: TimeLimit
-    threads: HandlerThreads
+    runner: Runner
     loop: asyncio.AbstractEventLoop
     resources: Any = None
 
@@ -83,7 +82,7 @@ class Attempt:
             OutcomeRefusedError: PostgreSQL refuses the outcome, and the slot can't wait for it.
         """
         setup, claim = self.setup, self.claim
-        task, queue = setup.task, setup.queue
+        queue, runner = setup.queue, setup.runner
         if not queue.is_surely_ours(claim):
             # This process has stood still since it asked for the job.
             await queue.make_sure_of(claim)
@@ -92,7 +91,7 @@ class Attempt:
         if claim.never:
             return await self._fail(UnrecoverableError(claim.never))
         try:
-            payload = task.parse_payload(claim.data)
+            payload = runner.payload(claim)
         except PayloadError as error:
             return await self._fail(error)
         verdict = await self.history.start()
@@ -124,7 +123,7 @@ class Attempt:
         )
         self._wait = wait = setup.limit.start()
         try:
-            outcome = await execute(setup.task, payload, context, wait, setup.threads)
+            outcome = await setup.runner.run(payload, context, wait)
         finally:
             setup.limit.remove(wait)
         if self._reports is not None:
@@ -174,7 +173,7 @@ class Attempt:
         self.is_cancelled = True
         if self._cancellation is not None:
             self._cancellation.set()
-        if self._wait is not None and self.setup.task.is_async:
+        if self._wait is not None and self.setup.runner.interrupts:
             end(self._wait.ended, TaskCancelledError("the task is cancelled"))
 
     # -- outcomes --------------------------------------------------------------------------------

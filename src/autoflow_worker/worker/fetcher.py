@@ -13,7 +13,7 @@ from autoflow_worker.broker.job_queue import OUTAGE_PAUSE, OUTAGE_PAUSE_MAX, Job
 from autoflow_worker.clock import now_ms
 from autoflow_worker.pauses import Pauses
 from autoflow_worker.worker.breakages import Breakages
-from autoflow_worker.worker.threads import HandlerThreads
+from autoflow_worker.worker.runner import Runner
 
 log = structlog.get_logger(__name__)
 
@@ -26,7 +26,7 @@ class Fetcher:
 
     Args:
         running: the claims that are held right now.
-        threads: the task's threads; no job is fetched that would find none.
+        runner: runs the task's handlers; no job is fetched while it has no room.
         breakages: how often in a row the task's slots broke; no job is fetched during their pause.
         drain_delay: seconds, BullMQ's `drainDelay`: a job without a marker waits no longer.
         limit_delay: seconds, BullMQ's `maximumRateLimitDelay`: a rate limited queue is asked this
@@ -37,7 +37,7 @@ class Fetcher:
         self,
         queue: JobQueue,
         running: Collection[Claim],
-        threads: HandlerThreads,
+        runner: Runner,
         breakages: Breakages,
         *,
         drain_delay: float,
@@ -47,7 +47,7 @@ class Fetcher:
         self._running = running
         self._drain_delay = drain_delay
         self._limit_delay = limit_delay
-        self._threads = threads
+        self._runner = runner
         self._breakages = breakages
         self._stop = asyncio.Event()
         self._awake = asyncio.Event()
@@ -89,7 +89,7 @@ class Fetcher:
     def wants_more(self) -> bool:
         """Whether an acknowledgement is to fetch the next job."""
         return (
-            self._threads.has_room
+            self._runner.has_room
             and self._awake.is_set()
             and not (self._breakages.in_a_row or self._stop.is_set())
         )
@@ -139,8 +139,8 @@ class Fetcher:
         """Wait until a job that is fetched can be run."""
         if self._breakages.in_a_row:
             await self._until_stopped(asyncio.sleep(self._breakages.pause))
-        if not self._threads.has_room:
-            await self._until_stopped(self._threads.room())
+        if not self._runner.has_room:
+            await self._until_stopped(self._runner.room())
 
     async def _until_work(self) -> None:
         """Wait until a fetch may find a job."""

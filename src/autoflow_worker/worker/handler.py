@@ -4,17 +4,18 @@ import asyncio
 import inspect
 import sys
 import time
-from collections.abc import Awaitable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Awaitable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final, cast
 
 import structlog
 
+from autoflow_worker.broker.claim import Claim
 from autoflow_worker.logs.attempt_fields import running_attempt
 from autoflow_worker.process.forks import Forked, end_of_child
 from autoflow_worker.tasks.context import TaskContext
 from autoflow_worker.tasks.definition import TaskDefinition
+from autoflow_worker.worker.runner import Outcome, Runner
 from autoflow_worker.worker.threads import HandlerExitError, HandlerThreads
 from autoflow_worker.worker.time_limit import Ended, Wait, end
 
@@ -34,62 +35,128 @@ class HandlerCancelledError(Exception):
     """The handler ended with a CancelledError of its own making."""
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What an attempt came to: a value, or an error, and how long the handler ran."""
+class LoopRunner:
+    """Runs `async def` handlers in the event loop."""
 
-    value: Any
-    error: BaseException | None
-    duration_ms: int
+    has_room = True
+    interrupts = True
 
+    def __init__(self, task: TaskDefinition[Any]) -> None:
+        self._task = task
 
-async def execute(
-    task: TaskDefinition[Any],
-    payload: Any,
-    context: TaskContext,
-    wait: Wait,
-    threads: HandlerThreads,
-) -> Outcome:
-    """Call the handler once, and wait for its end.
+    async def room(self) -> None:
+        """Return at once."""
 
-    Cancelling this coroutine cancels the handler. A handler that neither ends nor can be cancelled
-    is left behind after `UNWIND_PATIENCE`: its slot goes on, and its result is dropped.
+    def payload(self, claim: Claim) -> Any:
+        """Return the validated payload; see `Runner`."""
+        return self._task.parse_payload(claim.data)
 
-    Raises:
-        asyncio.CancelledError: this coroutine was cancelled, and the handler did not return.
-        NoThreadError: the machine gives no thread; the handler was not called.
-    """
-    loop = asyncio.get_running_loop()
-    started = time.perf_counter()
-    handler: asyncio.Future[Any]
-    error: BaseException | None = None
-    if task.is_async:
-        call = cast(Coroutine[Any, Any, Any], task.handler(payload, context))
+    async def run(self, payload: Any, context: TaskContext, wait: Wait) -> Outcome:
+        """Call the handler once, and wait for its end; see `Runner`.
+
+        A handler that does not end when it is cancelled is left behind after `UNWIND_PATIENCE`: its
+        slot goes on, and its result is dropped.
+        """
+        started = time.perf_counter()
+        call = cast(Coroutine[Any, Any, Any], self._task.handler(payload, context))
         handler = _start(call, wait.ended, context)
-    else:
-        handler = threads.run(partial(_call, task, payload, context))
+        error: BaseException | None = None
+        try:
+            if not handler.done():
+                error = await wait.ended
+        except asyncio.CancelledError:
+            await _unwind(handler, context)
+            if not _returned(handler):
+                raise
+            # Finished work is not done again.
+        if error is not None:
+            await _unwind(handler, context)
+        return _outcome(handler, error, started)
+
+    async def open(self, timeout: float) -> None:
+        """Return at once."""
+
+    def stop(self) -> None:
+        """Do nothing: contexts ask the fetcher."""
+
+    async def close(self, timeout: float) -> None:
+        """Return at once."""
+
+    def deaths(self) -> Sequence[asyncio.Task[Any]]:
+        return ()
+
+
+class ThreadRunner(LoopRunner):
+    """Runs plain `def` handlers in threads, and what they return in the loop if it is awaitable.
+
+    Args:
+        concurrency: the task's slots.
+    """
+
+    interrupts = False
+
+    def __init__(self, task: TaskDefinition[Any], concurrency: int) -> None:
+        super().__init__(task)
+        self._threads = HandlerThreads(task.queue_name, limit=concurrency)
+
+    @property
+    def has_room(self) -> bool:  # type: ignore[override]
+        return self._threads.has_room
+
+    async def room(self) -> None:
+        """Wait until a thread that was left behind has ended."""
+        await self._threads.room()
+
+    async def run(self, payload: Any, context: TaskContext, wait: Wait) -> Outcome:
+        """Call the handler once, and wait for its end; see `Runner`.
+
+        A thread that has not ended `UNWIND_PATIENCE` after it should is left behind.
+
+        Raises:
+            NoThreadError: the machine gives no thread; the handler was not called.
+        """
+        started = time.perf_counter()
+        handler = self._threads.run(partial(_call, self._task, payload, context))
         handler.add_done_callback(partial(_end_of, wait.ended))
-    try:
+        error: BaseException | None = None
+        try:
+            error = await wait.ended
+            if error is None and (rest := _rest_of(handler)) is not None:
+                # A plain function around an async one has only now returned what is to be awaited.
+                wait.ended = asyncio.get_running_loop().create_future()
+                handler = _start(rest, wait.ended, context)
+                error = await wait.ended
+        except asyncio.CancelledError:
+            await self._give_up(handler, context)
+            if not _returned(handler) or (_rest_of(handler) is not None):
+                raise
+            # Finished work is not done again.
+        if error is not None:
+            await self._give_up(handler, context)
+        return _outcome(handler, error, started)
+
+    async def _give_up(self, handler: asyncio.Future[Any], context: TaskContext) -> None:
+        await _unwind(handler, context)
         if not handler.done():
-            error = await wait.ended
-        if not task.is_async and error is None and (rest := _rest_of(handler)) is not None:
-            # A plain function around an async one has only now returned what is to be awaited.
-            wait.ended = loop.create_future()
-            handler = _start(rest, wait.ended, context)
-            error = await wait.ended
-    except asyncio.CancelledError:
-        await _unwind(handler, context, threads)
-        if handler.cancelled() or not handler.done() or handler.exception() is not None:
-            raise
-        if not task.is_async and _rest_of(handler) is not None:
-            raise
-        error = None  # The handler returned all the same, and finished work is not done again.
-    if error is not None:
-        await _unwind(handler, context, threads)
-    elif handler.cancelled():
-        error = HandlerCancelledError("the handler was cancelled from inside")
-    else:
-        error = handler.exception()
+            self._threads.leave_behind(handler, context.task_id)
+
+
+def runner_for(task: TaskDefinition[Any], concurrency: int) -> Runner:
+    """Return the way in which a task runs its handler."""
+    return LoopRunner(task) if task.is_async else ThreadRunner(task, concurrency)
+
+
+def _returned(handler: asyncio.Future[Any]) -> bool:
+    return handler.done() and not handler.cancelled() and handler.exception() is None
+
+
+def _outcome(handler: asyncio.Future[Any], error: BaseException | None, started: float) -> Outcome:
+    """Return what a handler came to that has ended, or that was to be ended for an error."""
+    if error is None:
+        if handler.cancelled():
+            error = HandlerCancelledError("the handler was cancelled from inside")
+        else:
+            error = handler.exception()
     value = None if error is not None else handler.result()
     return Outcome(value, error, round((time.perf_counter() - started) * 1000))
 
@@ -133,9 +200,7 @@ def _rest_of(handler: asyncio.Future[Any]) -> Awaitable[Any] | None:
     return value if inspect.isawaitable(value) else None
 
 
-async def _unwind(
-    handler: asyncio.Future[Any], context: TaskContext, threads: HandlerThreads
-) -> None:
+async def _unwind(handler: asyncio.Future[Any], context: TaskContext) -> None:
     """Cancel the handler, and leave it behind if it has not ended after `UNWIND_PATIENCE`."""
     if isinstance(handler, asyncio.Task):
         handler.cancel()
@@ -144,7 +209,6 @@ async def _unwind(
         _discard(handler)
     else:
         log.error("handler_left_behind", task_id=context.task_id, queue=context.queue_name)
-        threads.leave_behind(handler, context.task_id)
         _strays.add(handler)
         handler.add_done_callback(_forget)
 

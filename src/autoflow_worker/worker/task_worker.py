@@ -25,11 +25,11 @@ from autoflow_worker.worker.attempt import Attempt, TaskSetup
 from autoflow_worker.worker.breakages import MAX_BREAKAGES, Breakages
 from autoflow_worker.worker.fetcher import Fetcher
 from autoflow_worker.worker.hand_back import HandBack
-from autoflow_worker.worker.handler import UNWIND_PATIENCE
+from autoflow_worker.worker.handler import UNWIND_PATIENCE, runner_for
 from autoflow_worker.worker.history import JobHistory, OutcomeRefusedError
 from autoflow_worker.worker.maintenance import Maintenance
 from autoflow_worker.worker.running_jobs import running_jobs
-from autoflow_worker.worker.threads import HandlerThreads, NoThreadError
+from autoflow_worker.worker.threads import NoThreadError
 from autoflow_worker.worker.time_limit import TimeLimit
 
 log = structlog.get_logger(__name__)
@@ -79,12 +79,12 @@ class TaskWorker:
         # The other slots go on working, whatever rows PostgreSQL refuses.
         self._held_outcomes = asyncio.Semaphore(concurrency // 2)
         self._closed = False
-        self._threads = HandlerThreads(task.queue_name, limit=concurrency)
+        self._runner = runner_for(task, concurrency)
         self._breakages = Breakages()
         self._fetcher = Fetcher(
             queue,
             self._running,
-            self._threads,
+            self._runner,
             self._breakages,
             drain_delay=task.worker_options.get("drainDelay", DRAIN_DELAY),
             limit_delay=task.worker_options.get("maximumRateLimitDelay", LIMIT_DELAY_MS) / 1000,
@@ -97,7 +97,7 @@ class TaskWorker:
             self._fetcher,
             self._acknowledger,
             TimeLimit(task.options.timeout_ms),
-            self._threads,
+            self._runner,
             asyncio.get_running_loop(),
         )
         self._slots: list[asyncio.Task[None]] = []
@@ -136,6 +136,14 @@ class TaskWorker:
 
     # -- life ------------------------------------------------------------------------------------
 
+    async def open(self, timeout: float) -> None:
+        """Get ready to run handlers, within so many seconds.
+
+        Raises:
+            WorkerError: it can't get ready.
+        """
+        await self._runner.open(timeout)
+
     def start(self) -> None:
         """Start the slots, the renewal of locks and the check for stalled jobs."""
         name = self.task.queue_name
@@ -152,7 +160,7 @@ class TaskWorker:
 
     def deaths(self) -> list[asyncio.Task[None]]:
         """Return the tasks that never end before `stop`."""
-        return [*self._keepers, *self._slots]
+        return [*self._keepers, *self._slots, *self._runner.deaths()]
 
     def set_quiet(self, quiet: bool) -> None:
         """Fetch nothing more while quiet; what runs goes on, with its locks renewed."""
@@ -161,6 +169,7 @@ class TaskWorker:
     def stop(self) -> None:
         """Fetch nothing more; what runs goes on. May be called twice."""
         self._fetcher.stop()
+        self._runner.stop()
 
     async def drained(self) -> None:
         """Wait until every slot has ended; locks are renewed until then."""
@@ -190,6 +199,7 @@ class TaskWorker:
                 # Nothing is lost: another worker finds these jobs stalled, and runs them.
                 reason = str(error) or "Redis did not answer in time"
                 log.error("jobs_not_handed_back", queue=self.task.queue_name, reason=reason)
+        await self._runner.close(deadline - asyncio.get_running_loop().time())
         for keeper in self._keepers:
             keeper.cancel()
         if self._keepers:

@@ -13,7 +13,7 @@ from autoflow_worker import TaskContext, TaskOptions, define_task
 from autoflow_worker.errors import PartDiedError
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.recording.write import Write
-from autoflow_worker.worker.handler import execute
+from autoflow_worker.worker.handler import LoopRunner
 from autoflow_worker.worker.running_jobs import waiting_frames
 from tests.support.api import Api
 from tests.support.node import Node
@@ -171,7 +171,7 @@ async def test_a_part_that_dies_while_draining_ends_the_wait(
 
 
 def waits_for_hang(slot: asyncio.Task[Any]) -> bool:
-    return any(frame.f_code is execute.__code__ for frame in waiting_frames(slot.get_coro()))
+    return any(frame.f_code is LoopRunner.run.__code__ for frame in waiting_frames(slot.get_coro()))
 
 
 async def test_reconnecting_to_redis_that_dies_while_draining_ends_the_wait(
