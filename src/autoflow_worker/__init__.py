@@ -6,7 +6,7 @@ from autoflow_worker.broker.libraries import mismatch_of_import
 from autoflow_worker.errors import PayloadError, WorkerError
 
 try:
-    from autoflow_worker.tasks.context import TaskContext
+    from autoflow_worker.tasks.context import TaskCancelledError, TaskContext
     from autoflow_worker.tasks.definition import (
         DelayedError,
         TaskDefinition,
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DelayedError",
     "PayloadError",
+    "TaskCancelledError",
     "TaskContext",
     "TaskDefinition",
     "TaskOptions",

@@ -10,9 +10,11 @@ from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.errors import PartDiedError, WorkerError
 from autoflow_worker.operations.oversight import Oversight, oversee, persist
+from autoflow_worker.recording.cancelled_rows import CancelledRows
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.definition import TaskDefinition
+from autoflow_worker.worker.cancellation import keep_cancelling
 from autoflow_worker.worker.lifetime import until_idle
 from autoflow_worker.worker.task_worker import TaskWorker
 
@@ -28,7 +30,7 @@ FLUSH_TIMEOUT: Final = 0.2
 """Seconds after that for the writes that the recorder still has; no slot waits for them."""
 
 OVERSEER_PATIENCE: Final = 0.2
-"""Seconds for an overseer to leave the server that it examines."""
+"""Seconds for an overseer to leave the server that it asks."""
 
 Part = asyncio.Future[Any]
 
@@ -134,7 +136,9 @@ class WorkerService:
         # Before the recorder connects, because a pooler would give its session options to others.
         await persist(self._oversight.examine_database, timeout)
         self.recorder = StatusRecorder(
-            settings.database_url.get_secret_value(), max_connections=settings.database_pool_max
+            settings.database_url.get_secret_value(),
+            lanes=settings.database_pool_max - 1,
+            others=1,  # for the look at cancelled rows
         )
         await self.recorder.open(timeout)
         self.recorder.refusals.patience = timeout
@@ -179,6 +183,12 @@ class WorkerService:
                 (self._redis.refusals, self._oversight.examine_redis_anew),
             )
         ]
+        rows = CancelledRows(self.recorder.pool, self.recorder.silence)
+        self._overseers.append(
+            asyncio.create_task(
+                keep_cancelling(self.workers, rows), name="the look at cancelled rows"
+            )
+        )
         self._parts += [*self.recorder.deaths(), *self._redis.deaths(), *self._overseers]
         self._parts += [part for worker in self.workers for part in worker.deaths()]
         for part in self._parts:

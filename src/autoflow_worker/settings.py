@@ -91,7 +91,7 @@ class Settings(BaseSettings):
         30.0, gt=0, le=3_600, allow_inf_nan=False, description="seconds above 0, up to 3600"
     )
     database_pool_max: int = Field(
-        5, ge=1, le=1_000, description="a whole number from 1 to 1000 (connections)"
+        5, ge=2, le=1_000, description="a whole number from 2 to 1000 (connections)"
     )
     record_unknown_jobs: bool = Field(True, description="true or false")
     max_payload_bytes: int = Field(

@@ -63,7 +63,7 @@ def new(row: Mapping[str, Any]) -> NewRow:
 
 @asynccontextmanager
 async def recording(url: str, connections: int = 1) -> AsyncIterator[StatusRecorder]:
-    opened = StatusRecorder(url, max_connections=connections)
+    opened = StatusRecorder(url, lanes=connections)
     await opened.open(10)
     try:
         yield opened

@@ -42,8 +42,9 @@ class StatusRecorder:
     """Writes patches into the tasks table, many in one statement.
 
     Args:
-        max_connections: The first is enough until `LARGE_BATCH` patches wait,
-            or a batch takes longer than `SLOW_BATCH`.
+        lanes: connections for writing, at most. The first is enough until `LARGE_BATCH` patches
+            wait, or a batch takes longer than `SLOW_BATCH`.
+        others: connections of the pool that are left to others.
 
     Attributes:
         pool: the process's connections to PostgreSQL.
@@ -51,11 +52,11 @@ class StatusRecorder:
         silence: is told when PostgreSQL hangs.
     """
 
-    def __init__(self, url: str, *, max_connections: int = 1) -> None:
-        self.pool = Pool(url, max_connections)
+    def __init__(self, url: str, *, lanes: int = 1, others: int = 0) -> None:
+        self.pool = Pool(url, lanes + others)
         self.refusals = Refusals()
         self.silence = Silence("postgresql_silent", "postgresql_answers_again")
-        self._lanes = [Lane(self, self.pool, index) for index in range(max_connections)]
+        self._lanes = [Lane(self, self.pool, index) for index in range(lanes)]
         self._waiting: deque[Write] = deque()
         self._postponed: set[Write] = set()
         self._due: deque[Write] = deque()

@@ -168,6 +168,11 @@ class Attempt:
         if not self.is_cancelled:
             await self._cancellation.wait()
 
+    @property
+    def can_be_cancelled(self) -> bool:
+        """Whether its handler runs, and was not told yet that the task is cancelled."""
+        return not self.is_cancelled and self._wait is not None and not self._wait.ended.done()
+
     def cancel(self) -> None:
         """Tell the handler that the task is cancelled, and end it if it can be interrupted."""
         self.is_cancelled = True

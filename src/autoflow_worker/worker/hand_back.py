@@ -1,7 +1,7 @@
 """Handing jobs back to their queue, without using up their attempts."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Final
 
@@ -77,19 +77,19 @@ class HandBack:
         await history.run_again(until_ms)
         await self.job(claim, until_ms)
 
-    async def everything(self, owner: str, running: Mapping[Claim, JobHistory]) -> None:
+    async def everything(self, owner: str, running: Iterable[JobHistory]) -> None:
         """Hand back all jobs that Redis says are ours, also those of replies that were lost.
 
         Args:
             owner: what the tokens of our locks begin with.
-            running: the jobs that were cut off, and their histories.
+            running: the histories of the jobs that were cut off.
 
         Raises:
             redis.exceptions.ConnectionError: perhaps some were handed back; call it again.
         """
         held = await self._queue.held(owner)
         patch = patches.handed_back_patch()
-        writes = [history.follow(patch) for claim, history in running.items() if claim.id in held]
+        writes = [each.follow(patch) for each in running if each.claim.id in held]
         try:
             async with asyncio.timeout(RECORD_ALL):
                 await asyncio.gather(*writes)

@@ -44,7 +44,7 @@ class JobHistory:
     """The slots that may yet wait with outcomes that PostgreSQL refuses."""
     record_unknown_jobs: bool = field(kw_only=True)
     """Whether a job without a row gets one (contract, section 4)."""
-    _row_id: str = field(init=False)
+    row_id: str = field(init=False)
     _new_row: NewRow | None = field(default=None, init=False)
     _may_be_new: bool = field(default=True, init=False)
     _is_redirected: bool = field(default=False, init=False)
@@ -53,7 +53,7 @@ class JobHistory:
     _recorded: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        self._row_id = patches.row_id(self.queue.name, self.claim.id)
+        self.row_id = patches.row_id(self.queue.name, self.claim.id)
 
     async def start(self) -> Verdict:
         """Record the start, and wait for its commit, within the recorder's `START_PATIENCE`.
@@ -114,7 +114,7 @@ class JobHistory:
         try:
             return await self._tell(patch)
         except OutcomeRefusedError as error:
-            log.error("move_not_recorded", row=self._row_id, reason=str(error))
+            log.error("move_not_recorded", row=self.row_id, reason=str(error))
             return Verdict.WITHDRAWN
 
     async def run_again(self, until_ms: int) -> None:
@@ -123,7 +123,7 @@ class JobHistory:
             async with asyncio.timeout(RERUN_PATIENCE):
                 await self.follow(patches.moved_to_delayed_patch(until_ms=until_ms))
         except TimeoutError:
-            log.warning("rerun_not_recorded", row=self._row_id)
+            log.warning("rerun_not_recorded", row=self.row_id)
 
     async def _tell(self, patch: Mapping[str, Any]) -> Verdict:
         """Record a patch after this attempt's own start."""
@@ -160,7 +160,7 @@ class JobHistory:
         """Prepare to send a write again that found no row of this job; False if there is none."""
         if verdict is Verdict.FOREIGN:
             # Another queue's task has this id, so this job gets a row of its own.
-            self._row_id = patches.own_row_id(self.queue.name, self._row_id)
+            self.row_id = patches.own_row_id(self.queue.name, self.row_id)
             self._is_redirected = True
             return True
         if verdict is Verdict.MISSING and self._new_row is None and self._may_make_row:
@@ -223,7 +223,7 @@ class JobHistory:
         self, patch: Mapping[str, Any], *, since: str | None = None, fence: str | None = None
     ) -> Write:
         write = Write(
-            self._row_id,
+            self.row_id,
             self.queue.name,
             patch,
             patches.encode(dict(patch)),

@@ -75,7 +75,7 @@ class TaskWorker:
         self._record_unknown_jobs = record_unknown_jobs
         self.jobs_taken = 0
         self._id = uuid4().hex
-        self._running: dict[Claim, JobHistory] = {}
+        self._running: dict[Claim, Attempt] = {}
         # The other slots go on working, whatever rows PostgreSQL refuses.
         self._held_outcomes = asyncio.Semaphore(concurrency // 2)
         self._closed = False
@@ -127,6 +127,10 @@ class TaskWorker:
     def is_stopping(self) -> bool:
         """Whether it fetches nothing more."""
         return self._fetcher.is_stopping
+
+    def attempts(self) -> Iterable[Attempt]:
+        """Return the attempts that have begun and not ended."""
+        return self._running.values()
 
     def running_jobs(self) -> Iterable[dict[str, Any]]:
         """Describe what runs, for the log."""
@@ -191,7 +195,8 @@ class TaskWorker:
         cut_off = len(self._running)
         if not self._closed:
             self._closed = True
-            hand_back = partial(self._hand_back.everything, self._id, self._running)
+            histories = [attempt.history for attempt in self._running.values()]
+            hand_back = partial(self._hand_back.everything, self._id, histories)
             try:
                 async with asyncio.timeout_at(deadline):
                     await self._queue.insist(hand_back)
@@ -232,16 +237,17 @@ class TaskWorker:
         """Run one job to its acknowledgement; return the job that the acknowledgement fetched."""
         self.jobs_taken += 1
         # The entry stays if this is cancelled: `close` hands back what is left.
-        history = self._running[claim] = JobHistory(
+        history = JobHistory(
             self._recorder,
             self._queue,
             claim,
             self._held_outcomes,
             record_unknown_jobs=self._record_unknown_jobs,
         )
+        attempt = self._running[claim] = Attempt(self._setup, claim, history)
         following = None
         try:
-            following = self._fetcher.take(await Attempt(self._setup, claim, history).run())
+            following = self._fetcher.take(await attempt.run())
             if self._breakages.in_a_row:
                 self._breakages.end()
         except LockLostError as error:

@@ -34,7 +34,7 @@ def active(row_id: str) -> Write:
 
 @asynccontextmanager
 async def recording(url: str, connections: int) -> AsyncIterator[StatusRecorder]:
-    recorder = StatusRecorder(url, max_connections=connections)
+    recorder = StatusRecorder(url, lanes=connections)
     await recorder.open(10)
     try:
         yield recorder
