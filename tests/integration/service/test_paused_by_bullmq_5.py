@@ -145,6 +145,21 @@ async def test_a_job_that_is_handed_back_during_a_pause_is_there_after_it(
         await stage.until_state("q", job_id, "completed")
 
 
+async def test_nodes_own_worker_of_bullmq_6_loses_a_job(node5: Node, node6: Node) -> None:
+    """So this is BullMQ's own fault, and not that of its Python package."""
+    await node5.pause("q")
+    await node5.add("q", {"script": []})
+    due = await node5.add("q", {"script": []}, delay=1)
+    await node6.work("q")
+
+    async def promoted() -> bool:
+        return await node5.get_state("q", due) == "waiting"
+
+    await until(promoted)
+    await node5.resume("q")
+    assert await node5.get_state("q", due) == "unknown"
+
+
 async def test_a_queue_of_bullmq_6_alone_keeps_its_layout(
     node6: Node, run_worker: RunWorker, lists: Lists
 ) -> None:
