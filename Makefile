@@ -17,7 +17,7 @@ TESTS ?= tests
 # Tests wait for servers more than they compute, so three of them run at once on each core.
 CORES := $(PYTHON) -c 'import os; print(os.cpu_count() or 1)'
 TEST_JOBS ?= $(shell echo $$((3 * $$($(CORES) 2>/dev/null || echo 2))))
-CODE := src tests $(wildcard bench chaos examples scripts)
+CODE := src tests $(wildcard bench chaos examples scripts docs/upstream)
 
 INSTALLED := $(VENV)/.installed
 LOCKS := requirements
