@@ -2,7 +2,7 @@
 
 What happens: a handler that is ported from Node finds no such attribute.
 In Node: all of these in 5.65 and 6.7, see https://api.docs.bullmq.io/classes/v5.Job.html. 5.65 has
-`discard` and `waitUntilFinished` besides.
+`discard` besides.
 Where: `bullmq.job.Job`.
 To mend it: most of them are one command or one script (`extendLock` is in `Scripts` already).
 """
@@ -23,6 +23,7 @@ METHODS = (
     "removeChildDependency",
     "removeDeduplicationKey",
     "removeUnprocessedChildren",
+    "waitUntilFinished",
 )
 
 
