@@ -7,14 +7,15 @@ from autoflow_worker.errors import PayloadError, WorkerError
 
 try:
     from autoflow_worker.tasks.context import TaskCancelledError, TaskContext
-    from autoflow_worker.tasks.definition import (
+    from autoflow_worker.tasks.definition import TaskDefinition, TaskOptions, define_task
+    from autoflow_worker.tasks.exceptions import (
         DelayedError,
-        TaskDefinition,
-        TaskOptions,
+        RateLimitError,
         UnrecoverableError,
         WaitingChildrenError,
-        define_task,
+        WaitingError,
     )
+    from autoflow_worker.tasks.job_handle import JobHandle
 except ImportError as error:
     # bullmq 3.0 lacks names that are re-exported here.
     if mismatch := mismatch_of_import(error):
@@ -28,7 +29,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DelayedError",
+    "JobHandle",
     "PayloadError",
+    "RateLimitError",
     "TaskCancelledError",
     "TaskContext",
     "TaskDefinition",
@@ -36,6 +39,7 @@ __all__ = [
     "TaskScheduler",
     "UnrecoverableError",
     "WaitingChildrenError",
+    "WaitingError",
     "WorkerError",
     "__version__",
     "define_task",

@@ -43,13 +43,21 @@ function plain(value) {
 }
 
 // What a worker does: the step of this run in `data.script`.
-async function act({ DelayedError, UnrecoverableError }, job, token) {
+async function act({ DelayedError, RateLimitError, UnrecoverableError, WaitingError }, job, token) {
   const step = job.data.script[job.attemptsStarted - 1] ?? {};
   if ('progress' in step) await job.updateProgress(step.progress);
   if ('log' in step) await job.log(step.log);
   if ('delay' in step) {
     await job.moveToDelayed(Date.now() + step.delay, token);
     throw new DelayedError();
+  }
+  if ('wait' in step) {
+    await job.moveToWait(token);
+    throw new WaitingError();
+  }
+  if ('limit' in step) {
+    await job.queue.rateLimit(step.limit); // a worker's job has the worker as its queue
+    throw new RateLimitError();
   }
   if ('throw' in step) throw new Error(step.throw);
   if ('unrecoverable' in step) throw new UnrecoverableError(step.unrecoverable);

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bullmq import Job, Worker
+from bullmq import Worker
+
+from autoflow_worker.broker.handler_job import HandlerJob, job_from
 
 
 class Hold(enum.Enum):
@@ -21,7 +23,11 @@ class LockLostError(Exception):
 
 
 class ChildrenLeftError(Exception):
-    """The job can't be completed: it has children that are unfinished or have failed."""
+    """The job can't be completed: it has children that are unfinished."""
+
+
+class ChildFailedError(ChildrenLeftError):
+    """The job can never be completed: a child has failed that is to fail its parent."""
 
 
 class MalformedJobError(Exception):
@@ -67,7 +73,7 @@ class Claim:
     scheduler: str | None = field(default=None, init=False)
     malformed: str | None = field(default=None, init=False)
     never: str | None = field(default=None, init=False)
-    _job: Job | None = field(default=None, init=False)
+    _job: HandlerJob | None = field(default=None, init=False)
 
     @property
     def is_bare(self) -> bool:
@@ -81,17 +87,23 @@ class Claim:
         return "parent" in fields or "parentKey" in fields or "deid" in fields
 
     @property
-    def job(self) -> Job:
+    def job(self) -> HandlerJob:
         """bullmq's `Job`, made at first use. That of a malformed job has only what can be read."""
         job = self._job
         if job is None:
-            self.job = job = Job.fromJSON(self.queue, self.fields, self.id)
+            self.job = job = job_from(self.queue, self.fields, self.id)
         return job
 
     @job.setter
-    def job(self, job: Job) -> None:
+    def job(self, job: HandlerJob) -> None:
         job.token = self.token
         self._job = job
+
+    def job_of_handler(self) -> HandlerJob:
+        """Return `job` so that this claim is told if the handler changes how long it is locked."""
+        job = self.job
+        job.lock = self
+        return job
 
 
 @dataclass(slots=True)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import orjson
-from bullmq import Job, Worker
+from bullmq import Worker
 
 from autoflow_worker.broker.claim import Claim, MalformedJobError
+from autoflow_worker.broker.handler_job import HandlerJob, job_from
 
 MAX_DATA: Final = 16 * 1024 * 1024
 """Bytes of a job's `data`, where no setting MAX_PAYLOAD_BYTES is given."""
@@ -107,7 +108,7 @@ def _parse(text: str) -> Any:
 def read_by_job(claim: Claim) -> None:
     """Read a job by bullmq's `Job`; a job that can't be read becomes `malformed`."""
     try:
-        job = Job.fromJSON(claim.queue, _with_whole_numbers(claim.fields), claim.id)
+        job = job_from(claim.queue, _with_whole_numbers(claim.fields), claim.id)
         _check_fields(claim.fields, job)
     except Exception as error:
         # The job is claimed, so it has to end with a reason, whatever its fields hold.
@@ -128,9 +129,10 @@ def read_by_job(claim: Claim) -> None:
     claim.never = claim.malformed or job.deferredFailure
 
 
-def _stand_in(claim: Claim) -> Job:
+def _stand_in(claim: Claim) -> HandlerJob:
     fields = claim.fields
-    job = Job(claim.queue, fields.get("name") or claim.queue.name, {}, {"attempts": 1}, claim.id)
+    name = fields.get("name") or claim.queue.name
+    job = HandlerJob(claim.queue, name, {}, {"attempts": 1}, claim.id)
     job.attemptsMade = _counter(fields.get("atm"))
     job.attemptsStarted = _counter(fields.get("ats"))
     job.repeatJobKey = fields.get("rjk")
@@ -146,7 +148,7 @@ def _counter(text: str | None) -> int:
         return 0
 
 
-def _check_fields(fields: Mapping[str, str], job: Job) -> None:
+def _check_fields(fields: Mapping[str, str], job: HandlerJob) -> None:
     """Refuse fields on which BullMQ's scripts would break half-way, with the job in no list."""
     if "name" not in fields:
         raise MalformedJobError("its fields are gone from Redis")
@@ -188,7 +190,7 @@ def _with_whole_numbers(fields: Mapping[str, str]) -> Mapping[str, str]:
     return fields
 
 
-def failure_fields(job: Job, reason: str, stack_trace: str | None) -> dict[str, str]:
+def failure_fields(job: HandlerJob, reason: str, stack_trace: str | None) -> dict[str, str]:
     """Return the fields that Node writes at a failure: the reason, and each attempt's stack."""
     limit = int(min(job.opts.get("stackTraceLimit", MAX_STACKTRACES), MAX_STACKTRACES))
     known = job.stacktrace if isinstance(job.stacktrace, list) else []

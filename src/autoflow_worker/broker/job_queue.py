@@ -12,13 +12,11 @@ import math
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from bullmq.error_code import ErrorCode
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from autoflow_worker.broker import scripts
 from autoflow_worker.broker.claim import (
-    ChildrenLeftError,
     Claim,
     Hold,
     LockLostError,
@@ -31,6 +29,7 @@ from autoflow_worker.broker.job_reports import JobReports
 from autoflow_worker.broker.marker import Marker
 from autoflow_worker.broker.official_worker import official_worker
 from autoflow_worker.broker.paused_lists import JOIN
+from autoflow_worker.broker.refusals import refusal
 from autoflow_worker.broker.script_guard import guard, guarded
 from autoflow_worker.clock import now_ms
 from autoflow_worker.encoding.results import dump
@@ -41,11 +40,6 @@ OUTAGE_PAUSE: Final = 0.05
 
 OUTAGE_PAUSE_MAX: Final = 1.0
 
-# BullMQ's error codes for a job that this worker does not hold any more.
-_LOST: Final = {
-    ErrorCode[name].value: name
-    for name in ("JobNotExist", "JobLockNotExist", "JobNotInState", "JobLockMismatch")
-}
 # The keys of `JOIN`.
 _PAUSED_LISTS: Final = ("meta", "wait", "paused")
 # The fields of a job scheduler that say when it produces a job.
@@ -396,10 +390,9 @@ class JobQueue:
         if isinstance(raw, list):
             return self._read(raw, token, asked_at)
         code = int(raw or 0)
-        if code in _LOST:
-            raise LockLostError(_LOST[code])
         if code < 0:
-            raise ChildrenLeftError(str(self._scripts.finishedErrors({"code": code})))
+            # Only moveToFinished refuses for another reason than the lock; it has the id first.
+            raise refusal(self._scripts, code, args[0], "moveToFinished")
         return Reply()
 
     def _keep(self, claim: Claim, option: str) -> Any:

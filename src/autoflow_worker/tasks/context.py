@@ -8,8 +8,9 @@ from typing_extensions import TypeVar  # typing's own has defaults from Python 3
 from autoflow_worker.logs.configure import job_logger
 
 if TYPE_CHECKING:
-    from bullmq import Job
     from structlog.typing import FilteringBoundLogger
+
+    from autoflow_worker.tasks.job_handle import JobHandle
 
 ResourcesT_co = TypeVar("ResourcesT_co", covariant=True, default=object)
 
@@ -22,7 +23,7 @@ class RunningAttempt(Protocol):
     """What a context needs of the attempt that it belongs to, wherever its handler runs."""
 
     @property
-    def job(self) -> "Job": ...
+    def job(self) -> "JobHandle": ...
     @property
     def resources(self) -> Any: ...
     @property
@@ -99,8 +100,11 @@ class TaskContext(Generic[ResourcesT_co]):
         self.max_attempts = max_attempts
 
     @property
-    def job(self) -> "Job":
-        """The bullmq ``Job``, for children and moves; made at the first access."""
+    def job(self) -> "JobHandle":
+        """BullMQ's ``Job``, for children and moves; made at the first access.
+
+        It is None only in a context that was made by hand, as a handler's own test may do.
+        """
         return self._running.job
 
     @property

@@ -5,8 +5,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, overload
 
-# BullMQ's own exceptions: a handler raises them to delay, fail or park its job.
-from bullmq.custom_errors import DelayedError, UnrecoverableError, WaitingChildrenError
 from pydantic import TypeAdapter
 from typing_extensions import TypeVar  # typing's own has defaults from Python 3.13 on
 
@@ -14,16 +12,6 @@ from autoflow_worker.errors import TaskListError
 from autoflow_worker.tasks import payload as payloads
 from autoflow_worker.tasks.context import TaskContext
 from autoflow_worker.tasks.worker_options import MAX_MS, WorkerOptions, check_worker_options
-
-__all__ = [
-    "PRIORITIES",
-    "DelayedError",
-    "TaskDefinition",
-    "TaskOptions",
-    "UnrecoverableError",
-    "WaitingChildrenError",
-    "define_task",
-]
 
 Priority = Literal["critical", "high", "normal", "low"]
 

@@ -5,30 +5,34 @@ in between runs the job again, and never leaves a row that lies.
 """
 
 import asyncio
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 import structlog
 
 from autoflow_worker.broker.backoff import NoBackoffError, backoff_ms
-from autoflow_worker.broker.claim import ChildrenLeftError, Claim, Reply
+from autoflow_worker.broker.claim import ChildFailedError, ChildrenLeftError, Claim, Reply
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.broker.job_reports import last_progress
+from autoflow_worker.broker.rate_limit import give_back
 from autoflow_worker.clock import now_ms
 from autoflow_worker.encoding.results import dump
 from autoflow_worker.errors import NotStorableError, PayloadError
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.write import Verdict
 from autoflow_worker.tasks.context import TaskCancelledError, TaskContext
-from autoflow_worker.tasks.definition import (
-    CORRELATION_ID,
+from autoflow_worker.tasks.definition import CORRELATION_ID, TaskDefinition
+from autoflow_worker.tasks.exceptions import (
     DelayedError,
-    TaskDefinition,
+    RateLimitError,
     UnrecoverableError,
     WaitingChildrenError,
+    WaitingError,
 )
+from autoflow_worker.tasks.job_handle import JobHandle
 from autoflow_worker.worker.acknowledge import Acknowledger, Finish
 from autoflow_worker.worker.fetcher import Fetcher
 from autoflow_worker.worker.history import JobHistory
@@ -38,6 +42,9 @@ from autoflow_worker.worker.runner import Outcome, Runner
 from autoflow_worker.worker.time_limit import TimeLimit, Wait, end
 
 log = structlog.get_logger(__name__)
+
+MOVED: Final = (DelayedError, WaitingError, WaitingChildrenError)
+"""What a handler raises that has moved its own job."""
 
 
 class UnmovedJobError(Exception):
@@ -100,13 +107,20 @@ class Attempt:
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
         outcome = await self._execute(payload)
-        if not queue.is_surely_ours(claim):
+        if not (queue.is_surely_ours(claim) or isinstance(outcome.error, MOVED)):
             await queue.make_sure_of(claim)
-        if isinstance(outcome.error, DelayedError | WaitingChildrenError):
-            return await self._moved(outcome.error)
-        if outcome.error is not None:
-            return await self._fail(outcome.error)
-        return await self._complete(outcome)
+        return await self._settled(outcome)
+
+    def _settled(self, outcome: Outcome) -> Awaitable[Reply]:
+        """Record and acknowledge what came of the handler."""
+        error = outcome.error
+        if error is None:
+            return self._complete(outcome)
+        if isinstance(error, MOVED):
+            return self._moved(error)
+        if isinstance(error, RateLimitError):
+            return self._limited()
+        return self._fail(error)
 
     async def _execute(self, payload: Any) -> Outcome:
         """Run the handler, and send what it reported last."""
@@ -133,8 +147,8 @@ class Attempt:
     # -- what the handler's context asks ---------------------------------------------------------
 
     @property
-    def job(self) -> Any:
-        return self.claim.job
+    def job(self) -> JobHandle:
+        return self.claim.job_of_handler()
 
     @property
     def resources(self) -> Any:
@@ -240,7 +254,7 @@ class Attempt:
 
     async def _next_delay(self, error: BaseException) -> tuple[int | None, str | None]:
         """Return the ms until the next attempt, or None, and why there is none if not obvious."""
-        never = (UnrecoverableError, PayloadError, NotStorableError)
+        never = (UnrecoverableError, PayloadError, NotStorableError, ChildFailedError)
         claim = self.claim
         if isinstance(error, never) or claim.attempt >= claim.max_attempts or claim.job.discarded:
             return None, None
@@ -269,7 +283,7 @@ class Attempt:
             reason = UnmovedJobError(f"the handler raised {type(error).__name__} without moving")
             reason.__cause__ = error
             return await self._fail(reason)
-        if isinstance(error, WaitingChildrenError):
+        if isinstance(error, WaitingError | WaitingChildrenError):
             patch = patches.handed_back_patch()
         else:
             due = await self.setup.queue.insist(lambda: self.setup.queue.due_at(self.claim))
@@ -278,6 +292,12 @@ class Attempt:
             patch = patches.moved_to_delayed_patch(until_ms=due)
         await self.history.follow(patch)
         return Reply()
+
+    async def _limited(self) -> Reply:
+        """Give the job back to its queue, whose rate limit the handler has set."""
+        await self.history.finish(patches.handed_back_patch())
+        send = partial(give_back, self.claim)
+        return await self.setup.acknowledger.tell(self.claim, self.history, send)
 
     async def _acknowledge_failure(self, finish: Finish) -> Reply:
         send = partial(self.setup.queue.fail, self.claim, finish.value, finish.stack_trace)

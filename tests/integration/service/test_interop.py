@@ -13,12 +13,15 @@ from redis.asyncio import Redis
 
 from autoflow_worker import (
     DelayedError,
+    RateLimitError,
     TaskContext,
     TaskDefinition,
     TaskOptions,
     UnrecoverableError,
+    WaitingError,
     define_task,
 )
+from autoflow_worker.clock import now_ms
 from autoflow_worker.recording.patches import own_row_id
 from tests.support.api import Api, Json
 from tests.support.database import Database
@@ -49,10 +52,14 @@ async def act(payload: Json, ctx: TaskContext) -> object:
     if "log" in step:
         await ctx.job.log(step["log"])
     if "delay" in step:
-        now = await ctx.job.queue.client.time()
-        soon = now[0] * 1000 + now[1] // 1000 + step["delay"]
-        await ctx.job.moveToDelayed(soon, ctx.job.token)
+        await ctx.job.moveToDelayed(now_ms() + step["delay"], ctx.job.token)
         raise DelayedError
+    if "wait" in step:
+        await ctx.job.moveToWait(ctx.job.token)
+        raise WaitingError
+    if "limit" in step:
+        await ctx.job.rateLimit(step["limit"])
+        raise RateLimitError
     if "throw" in step:
         raise ValueError(step["throw"])
     if "unrecoverable" in step:
@@ -126,6 +133,8 @@ CASES = [
     ),
     Case("can not recover", [{"unrecoverable": "never"}], {"attempts": 3}, "failed"),
     Case("tells", [{"progress": {"at": 50}, "log": "half", "return": 1}], {}, "completed"),
+    Case("goes back", [{"wait": True}, {"return": "again"}], {"attempts": 1}, "completed"),
+    Case("rests", [{"limit": 20}, {"return": "rested"}], {"attempts": 1}, "completed"),
     Case("delays itself", [{"delay": 20}, {"return": "late"}], {"attempts": 1}, "completed"),
 ]
 

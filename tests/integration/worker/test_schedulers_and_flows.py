@@ -18,8 +18,10 @@ from autoflow_worker import (
     TaskDefinition,
     TaskOptions,
     WaitingChildrenError,
+    WaitingError,
     define_task,
 )
+from autoflow_worker.recording.patches import own_row_id
 from tests.support.api import STATUS_OF_STATE, Api, Json
 from tests.support.database import Database
 from tests.support.node import Node
@@ -322,7 +324,7 @@ async def test_a_job_that_delays_itself_and_then_waits_for_children_of_its_own(
     assert (row["result"]["output"], row["attempts"]) == ([0, 1], 1)
 
 
-@pytest.mark.parametrize("error", [DelayedError, WaitingChildrenError])
+@pytest.mark.parametrize("error", [DelayedError, WaitingError, WaitingChildrenError])
 async def test_a_job_that_says_it_moved_and_did_not(
     run_worker: RunWorker, api: Api, error: type[Exception]
 ) -> None:
@@ -368,5 +370,30 @@ async def test_a_parent_that_returns_before_its_children(
     task_id = await api.schedule(QUEUE, attempts=1)
     async with run_worker([define_task(QUEUE, parent)]):
         row = await api.until_both_say(QUEUE, task_id, "failed")
-    assert "has pending dependencies" in row["error"]["reason"]
+        job = await api.node.get_job(QUEUE, task_id)
+    reason = f"Job {task_id} has pending dependencies. moveToFinished"
+    assert row["error"]["reason"] == reason
     assert (row["result"], row["completedAt"]) == (None, None)
+    assert job is not None
+    assert job["failedReason"] == reason
+
+
+async def test_a_parent_that_returns_after_a_child_has_failed(
+    run_worker: RunWorker, api: Api, prefix: str
+) -> None:
+    """It can never complete, so it is not retried."""
+
+    async def parent(payload: Json, ctx: TaskContext) -> str:
+        family = {"id": ctx.task_id, "queue": f"{prefix}:{QUEUE}"}
+        options: Any = {"parent": family, "failParentOnFailure": True}
+        child = await api.node.add("children", {"script": [{"throw": "no luck"}]}, **options)
+        await api.until_both_say("children", child, "failed", row_id=own_row_id("children", child))
+        return "too late"
+
+    task_id = await api.schedule(QUEUE, attempts=3)
+    async with run_worker([define_task(QUEUE, parent), define_task("children", scripted)]):
+        row = await api.until_both_say(QUEUE, task_id, "failed")
+    assert row["error"]["reason"] == (
+        f"Cannot complete job {task_id} because it has at least one failed child. moveToFinished"
+    )
+    assert row["attempts"] == 1

@@ -218,5 +218,6 @@ def test_worker_options_are_checked_and_copied() -> None:
 
 def test_a_context_can_be_made_for_a_handlers_own_tests() -> None:
     context = TaskContext(task_id="t1", correlation_id="c1", queue_name="q")
-    assert (context.attempt, context.max_attempts, context.job) == (1, 1, None)
+    job: Any = context.job
+    assert (context.attempt, context.max_attempts, job) == (1, 1, None)
     context.logger.debug("a_line")
