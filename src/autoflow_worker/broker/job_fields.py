@@ -19,11 +19,15 @@ MAX_STACKTRACES: Final = 20  # kept on a job; its option `stackTraceLimit` may a
 # Numbers as JavaScript prints them, other than plain digits.
 _NUMBER: Final = re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?(e\+[0-9]{1,2})?")
 
-_PLAIN_FIELDS: Final = frozenset(
+_FIRST_FIELDS: Final = frozenset(
     {"ats", "data", "delay", "name", "opts", "pb", "priority", "processedOn", "timestamp"}
 )
+_LATER_FIELDS: Final = _FIRST_FIELDS | {"atm", "failedReason", "progress", "stacktrace"}
 _PLAIN_OPTIONS: Final = frozenset(
-    {"attempts", "backoff", "delay", "jobId", "priority", "removeOnComplete", "removeOnFail"}
+    {
+        *("attempts", "backoff", "delay", "jobId", "priority", "removeOnComplete", "removeOnFail"),
+        *("omc", "tm"),  # a producer's telemetry
+    }
 )
 
 _raw_decode: Final = json.JSONDecoder().raw_decode
@@ -37,13 +41,18 @@ def read_claim(
     locked_until: float,
     *,
     max_data: int = MAX_DATA,
+    max_started: int | None = None,
 ) -> Claim:
     """Read a claimed job's hash, whatever its fields hold; `Claim` describes the arguments.
 
     Args:
         max_data: bytes of `data` at most; a job with more is not parsed.
+        max_started: claims at most, BullMQ's `maxStartedAttempts`; a job with more is not parsed.
     """
-    if reason := _why_not_parsed(fields, max_data):
+    reason = _why_not_parsed(fields, max_data)
+    if not reason and max_started and _counter(fields.get("ats")) > max_started:
+        reason = "job started more than allowable limit"  # Node's own words
+    if reason:
         claim = Claim(queue, {**fields, "data": "{}"}, job_id, token, locked_until)
         read_by_job(claim)
         claim.never = claim.malformed or reason
@@ -70,13 +79,21 @@ def _why_not_parsed(fields: Mapping[str, str], max_data: int) -> str | None:
 
 
 def _read_plain(claim: Claim) -> bool:
-    """Read a job without a `Job`, which takes ten times as long; most first attempts are plain.
+    """Read a job without a `Job`, which takes ten times as long; most jobs are plain.
 
     Return False, or raise anything, if the job needs a `Job`. What a `Job` would object to must not
     pass here, as one may be made later.
     """
     fields = claim.fields
-    if not fields.keys() <= _PLAIN_FIELDS or "name" not in fields or not is_utf8(claim.id):
+    made = 0
+    if not fields.keys() <= _FIRST_FIELDS:
+        if not fields.keys() <= _LATER_FIELDS:
+            return False
+        made = int(fields.get("atm", "0"))
+        for text in ("progress", "stacktrace"):
+            if text in fields:
+                _parse(fields[text])
+    if "name" not in fields or not 0 <= made < 2**53 - 1 or not is_utf8(claim.id):
         return False
     options = orjson.loads(fields["opts"])
     if not options.keys() <= _PLAIN_OPTIONS or type(options.get("backoff", {})) is not dict:
@@ -90,7 +107,7 @@ def _read_plain(claim: Claim) -> bool:
     claim.timestamp = int(fields["timestamp"])
     claim.data = _parse(fields["data"])
     claim.options = options
-    claim.attempts_made, claim.attempt = 0, 1
+    claim.attempts_made, claim.attempt = made, made + 1
     claim.attempts_started = int(fields["ats"])
     claim.max_attempts = options.get("attempts", 1)
     claim.claimed_ms = int(fields["processedOn"])

@@ -36,13 +36,21 @@ values = st.recursive(
 )
 options = st.dictionaries(
     st.sampled_from(
-        ["attempts", "backoff", "removeOnComplete", "removeOnFail", "jobId", "fpof", "parent", "kl"]
+        [
+            *("attempts", "backoff", "removeOnComplete", "removeOnFail", "jobId", "fpof", "parent"),
+            *("kl", "tm", "omc"),
+        ]
     ),
     values,
     max_size=3,
 )
 changes = st.dictionaries(
-    st.sampled_from([*FIELDS, "atm", "defa", "parent", "progress", "rjk", "stacktrace", "pb"]),
+    st.sampled_from(
+        [
+            *(*FIELDS, "atm", "defa", "failedReason", "parent", "progress", "rjk", "stacktrace"),
+            *("pb", "stc"),
+        ]
+    ),
     texts | values.map(json.dumps),
     max_size=2,
 )
@@ -55,13 +63,26 @@ async def queue() -> AsyncIterator[Worker]:
     await redis.aclose()
 
 
+@pytest.mark.parametrize(
+    ("changes", "attempt"),
+    [
+        ({}, 1),
+        ({"progress": "50"}, 1),
+        ({"progress": '{"at":[1,2]}'}, 1),
+        ({"opts": f'{FIELDS["opts"][:-1]},"tm":"{{}}","omc":true}}'}, 1),
+        ({"atm": "1", "ats": "2", "failedReason": "no", "stacktrace": '["no"]'}, 2),
+    ],
+    ids=["as it comes", "with progress", "with an object as progress", "with telemetry", "retried"],
+)
 async def test_a_job_of_the_api_needs_no_job_object(
-    queue: Worker, monkeypatch: pytest.MonkeyPatch
+    queue: Worker, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], attempt: int
 ) -> None:
+    fields = {**FIELDS, **changes}
     with monkeypatch.context() as patch:
         patch.setattr(Job, "fromJSON", lambda *given: pytest.fail("a Job is made"))
-        claim = read_claim(queue, FIELDS, "j1", "t", 0)
-    assert (claim.data, claim.attempt, claim.max_attempts) == (json.loads(FIELDS["data"]), 1, 3)
+        claim = read_claim(queue, fields, "j1", "t", 0)
+    data = json.loads(FIELDS["data"])
+    assert (claim.data, claim.attempt, claim.max_attempts) == (data, attempt, 3)
     assert claim.job is claim.job
     assert (claim.job.id, claim.job.token, claim.job.data) == ("j1", "t", claim.data)
 
@@ -69,6 +90,13 @@ async def test_a_job_of_the_api_needs_no_job_object(
 @given(changes=changes, more=options, left_out=st.sampled_from([*FIELDS, "nothing"]))
 @example(changes={"data": " {}"}, more={}, left_out="nothing")
 @example(changes={"data": "{} {}"}, more={}, left_out="nothing")
+@example(changes={"progress": " 1"}, more={}, left_out="nothing")
+@example(changes={"progress": "["}, more={}, left_out="nothing")
+@example(changes={"stacktrace": "null"}, more={}, left_out="nothing")
+@example(changes={"atm": ""}, more={}, left_out="nothing")
+@example(changes={"atm": "-1"}, more={}, left_out="nothing")
+@example(changes={"atm": str(2**53)}, more={}, left_out="nothing")
+@example(changes={}, more={"tm": None, "omc": "?"}, left_out="nothing")
 @example(changes={}, more={"attempts": True}, left_out="nothing")
 @example(changes={}, more={"removeOnComplete": True}, left_out="nothing")
 @example(changes={}, more={"backoff": 10**400}, left_out="nothing")
@@ -95,6 +123,17 @@ async def test_it_reads_what_a_job_would(
     if not fields.get("defa"):
         # NaN does not equal itself.
         assert json.dumps(claim.data) == json.dumps(expected.data)
-    for name in ("removeOnComplete", "removeOnFail", "failParentOnFailure"):
+    for name in ("removeOnComplete", "removeOnFail", "failParentOnFailure", "tm", "omc"):
         assert repr(claim.options.get(name)) == repr(expected.options.get(name)), name
     assert vars(claim.job).keys() == vars(expected.job).keys()
+    for name in ("progress", "stacktrace", "failedReason", "attemptsMade"):
+        assert repr(getattr(claim.job, name)) == repr(getattr(expected.job, name)), name
+
+
+async def test_a_job_that_was_started_too_often_is_not_parsed(queue: Worker) -> None:
+    fields = {**FIELDS, "data": "[", "ats": "3"}
+    assert read_claim(queue, FIELDS, "j1", "t", 0, max_started=1).never is None
+    claim = read_claim(queue, fields, "j1", "t", 0, max_started=2)
+    assert claim.never == "job started more than allowable limit"
+    claim = read_claim(queue, {**fields, "defa": "a child failed"}, "j1", "t", 0, max_started=2)
+    assert claim.never == "a child failed"
