@@ -83,6 +83,7 @@ class JobQueue:
         self.lock_ms = int(self._worker.opts["lockDuration"])
         self._lock_s = self.lock_ms / 1000
         self._max_data = max_data
+        self._max_started: int | None = options.get("maxStartedAttempts")
         keys: Mapping[str, str] = self._worker.keys
         self._base = keys[""]
         self._elsewhere = [keys[name] for name in scripts.ELSEWHERE]
@@ -93,6 +94,7 @@ class JobQueue:
         self._careful_finish = redis.register_script(guarded(commands["moveToFinished"].script))
         guard(commands, redis.register_script)
         self._simple_finish = commands["moveToFinished"]
+        self._claim_arguments = scripts.ClaimArguments(keys, self._worker.opts)
         self._completion_arguments = scripts.CompletionArguments(keys, self._worker.opts)
         self.marker = Marker(redis, keys)
         self.reports = JobReports(self._worker, redis)
@@ -146,7 +148,8 @@ class JobQueue:
                 `adopt` tells.
         """
         asked_at = self._now()
-        reply = await self._scripts.moveToActive(token, self._worker.opts)
+        keys, args = self._claim_arguments(token, now_ms=now_ms())
+        reply = await self._scripts.commands["moveToActive"](keys=keys, args=args)
         return self._read(reply, token, asked_at)
 
     async def held(self, token_prefix: str) -> dict[str, str]:
@@ -175,8 +178,15 @@ class JobQueue:
         if isinstance(fields, list):  # as scripts return a hash
             pairs = iter(fields)
             fields = dict(zip(pairs, pairs, strict=True))
-        until = asked_at + self._lock_s
-        return read_claim(self._worker, fields, job_id, token, until, max_data=self._max_data)
+        return read_claim(
+            self._worker,
+            fields,
+            job_id,
+            token,
+            asked_at + self._lock_s,
+            max_data=self._max_data,
+            max_started=self._max_started,
+        )
 
     async def advance_scheduler(self, claim: Claim) -> None:
         """Let the job scheduler that produced this job produce its next one.
@@ -302,6 +312,7 @@ class JobQueue:
         keys, args = self._scripts.moveToFailedArgs(
             claim.job, reason, keep, claim.token, fetch_next, fields
         )
+        args[-2] = self._completion_arguments.packed(claim, keep)
         return await self._finish(keys, args, claim)
 
     async def delay(
@@ -346,6 +357,8 @@ class JobQueue:
         now = now_ms()  # BullMQ writes it into the next job as the time of its claim.
         delay = max(0, until_ms - now)
         keys, args = self._scripts.moveToDelayedArgs(job_id, now, token, delay, options)
+        if options.get("fetchNext"):
+            args[-1] = self._claim_arguments.packed(token)
         return await self._run(self._scripts.commands["moveToDelayed"], keys, args, token)
 
     async def count_breakage(self, claim: Claim) -> int:

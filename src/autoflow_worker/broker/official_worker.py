@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import product
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from bullmq import Worker
 from autoflow_worker.broker.job_fields import read_claim
 from autoflow_worker.broker.libraries import mismatch
 from autoflow_worker.broker.paused_lists import PUSHING, differs
-from autoflow_worker.broker.scripts import CompletionArguments
+from autoflow_worker.broker.scripts import ClaimArguments, CompletionArguments
 
 # The methods that are called by position, with their parameters in order.
 _PARAMETERS: Final = {
@@ -79,6 +80,8 @@ def _differences(worker: Worker, given: Mapping[str, Any]) -> Iterator[str]:
     for (options, job_options, keep), fetch_next in product(_CASES, (True, False)):
         shaped = copy.copy(worker)
         shaped.opts = {**worker.opts, **options}
+        # A worker's name is packed here, as by Node, and left out by bullmq's methods.
+        shaped.opts.pop("name", None)
         yield from _differences_of(shaped, job_options, keep, fetch_next=fetch_next)
 
 
@@ -101,6 +104,31 @@ def _differences_of(
     theirs = worker.scripts.moveToFailedArgs(claim.job, "a reason", *about, failure)
     if (theirs[0], _readable(theirs[1])) != _as_failed(worker, *completed):
         yield "moveToFailedArgs packs something else than this worker expects"
+    claiming = ClaimArguments(worker.keys, worker.opts)
+    ours = claiming("a-token", now_ms=0)
+    theirs = _claim_arguments(worker)
+    if (theirs[0], _readable(theirs[1])) != (ours[0], _readable(ours[1])):
+        yield "moveToActive packs something else than this worker"
+    fetching = {"fetchNext": True, "workerOpts": worker.opts}
+    *_, packed = worker.scripts.moveToDelayedArgs("an-id", 0, "a-token", 0, fetching)[1]
+    if msgpack.unpackb(packed) != msgpack.unpackb(claiming.packed("a-token")):
+        yield "moveToDelayedArgs packs something else than this worker"
+
+
+def _claim_arguments(worker: Worker) -> tuple[list[str], list[Any]]:
+    """Return what bullmq's `moveToActive` sends, with a command that sends nothing."""
+    sent: dict[str, Any] = {}
+
+    async def command(**given: Any) -> None:
+        sent.update(given)
+
+    scripts = copy.copy(worker.scripts)
+    scripts.commands = {"moveToActive": command}
+    claiming = scripts.moveToActive("a-token", worker.opts)
+    with suppress(StopIteration):
+        claiming.send(None)
+    claiming.close()
+    return sent["keys"], sent["args"]
 
 
 def _as_failed(worker: Worker, keys: list[str], args: list[Any]) -> tuple[list[str], list[Any]]:

@@ -170,7 +170,34 @@ _PARENT_OPTIONS: Final = {
 }
 _PARENT_OPTION_NAMES: Final = frozenset(_PARENT_OPTIONS.values())
 
+# The keys of BullMQ's script `moveToActive`.
+_CLAIM_KEYS: Final = (*_COMPLETION_KEYS[:-1], "marker")
+
 MAX_PACKED: Final = 1_000  # packed options that are kept for further jobs
+
+
+def _claim_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a script has to know of the worker that it claims a job for."""
+    known = {name: options.get(name) for name in ("limiter", "lockDuration")}
+    # Node's `processedBy`. bullmq's own methods leave it out.
+    return known if options.get("name") is None else {**known, "name": options["name"]}
+
+
+class ClaimArguments:
+    """Makes keys and arguments of `moveToActive` for one queue; see `CompletionArguments`."""
+
+    def __init__(self, keys: Mapping[str, str], options: Mapping[str, Any]) -> None:
+        self._base = keys[""]
+        self._keys = [keys[name] for name in _CLAIM_KEYS]
+        self._options = _claim_options(options)
+
+    def __call__(self, token: str, *, now_ms: int) -> tuple[list[str], list[Any]]:
+        """Return the script's keys and arguments."""
+        return self._keys, [self._base, now_ms, self.packed(token)]
+
+    def packed(self, token: str) -> bytes:
+        """Return the packed options, which are an argument of `moveToDelayed` as well."""
+        return bytes(msgpack.packb({"token": token, **self._options}, use_bin_type=True))
 
 
 class CompletionArguments:
@@ -191,8 +218,7 @@ class CompletionArguments:
         self._last_keys = [keys[""] + "metrics:completed", keys["marker"]]
         metrics = options.get("metrics")
         self._options = {
-            "limiter": options.get("limiter"),
-            "lockDuration": options.get("lockDuration"),
+            **_claim_options(options),
             "maxMetricsSize": metrics.get("maxDataPoints", "") if metrics is not None else "",
         }
         self._packed_alike = lru_cache(MAX_PACKED)(partial(self._packed, {}))
@@ -217,6 +243,11 @@ class CompletionArguments:
         fetch = "1" if fetch_next else ""
         args = [claim.id, now_ms, "returnvalue", value, "completed", fetch, self._base, packed]
         return keys, args
+
+    def packed(self, claim: Claim, keep: Any) -> bytes:
+        """Return the packed options, which are the same for a failed job."""
+        about = claim.token, keep, claim.max_attempts, claim.attempts_made
+        return self._packed(claim.options, *about)
 
     def _packed(
         self, job_options: Mapping[str, Any], token: str, keep: Any, attempts: int, made: int

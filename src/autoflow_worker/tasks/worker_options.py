@@ -1,7 +1,7 @@
 """The BullMQ worker options that a task may set, checked."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -33,9 +33,7 @@ def _age_or_count(value: "KeepJobs") -> "KeepJobs":
     return value
 
 
-def _plain_function(value: Callable[..., Any]) -> Callable[..., Any]:
-    if inspect.iscoroutinefunction(value):
-        raise ValueError
+def _strategy(value: Callable[..., Any]) -> Callable[..., Any]:
     try:
         signature = inspect.signature(value)
     except ValueError:  # a builtin does not tell its parameters
@@ -76,7 +74,7 @@ class AdvancedSettings(TypedDict):
     """``backoffStrategy(attempts_made, type, error, job)`` returns milliseconds; -1: no retry."""
 
     backoffStrategy: Annotated[
-        Callable[[int, str, BaseException, Any], int], AfterValidator(_plain_function)
+        Callable[[int, str, BaseException, Any], int | Awaitable[int]], AfterValidator(_strategy)
     ]
 
 
@@ -98,6 +96,7 @@ class WorkerOptions(TypedDict, total=False):
         lockDuration: ms that a job stays locked without renewal (30000).
         lockRenewTime: ms between renewals (half of lockDuration).
         stalledInterval: ms between checks for stalled jobs (30000).
+        maxStartedAttempts: how often a job may start before it fails unrecoverably (no limit).
         maxStalledCount: how often a job may stall before it fails (1).
         drainDelay: seconds that a fetch from an empty queue blocks (5).
         maximumRateLimitDelay: ms after which a rate limited queue is asked again (30000).
@@ -113,6 +112,7 @@ class WorkerOptions(TypedDict, total=False):
     lockDuration: Annotated[int, _whole(100, unit=" ms")]
     lockRenewTime: Annotated[int, _whole(10, unit=" ms")]
     stalledInterval: Annotated[int, _whole(100, unit=" ms")]
+    maxStartedAttempts: Positive
     maxStalledCount: Annotated[int, _whole(0, 1_000_000)]
     # A shorter delay would poll an empty queue. With a longer one a broken connection is noticed
     # late.
@@ -129,7 +129,7 @@ class WorkerOptions(TypedDict, total=False):
     settings: Annotated[
         AdvancedSettings,
         Field(
-            description="a dict with backoffStrategy, a plain function (not async) of "
+            description="a dict with backoffStrategy, a function, async or not, of "
             "(attempts_made, type, error, job)"
         ),
     ]
@@ -142,7 +142,8 @@ _WANTED: dict[str, str] = {
 _ADAPTER = TypeAdapter(WorkerOptions)
 
 _WAY_OUT = {
-    "concurrency": "set TaskOptions(concurrency=...) or WORKER_CONCURRENCY",
+    "concurrency": "set TaskOptions(concurrency=...) or WORKER_CONCURRENCY, and restart the "
+    "worker; while it runs, BullMQ's queue.setGlobalConcurrency() limits the queue",
     "connection": "set REDIS_URL",
     "prefix": "set BULLMQ_PREFIX",
     "autorun": "the worker starts all tasks or none",
@@ -151,8 +152,12 @@ _WAY_OUT = {
     "skipLockRenewal": "set lockDuration and lockRenewTime",
     "runRetryDelay": "the worker has its own backoff for reconnecting",
     "backoffStrategy": 'write it as {"settings": {"backoffStrategy": ...}}',
+    "blockingConnection": "the worker opens a connection of its own for blocking reads",
+    "skipWaitingForReady": "set WORKER_STARTUP_TIMEOUT",
     "telemetry": "it exists for Node only",
     "useWorkerThreads": "it exists for Node only; a sync handler runs in a thread",
+    "workerForkOptions": "it exists for Node only",
+    "workerThreadsOptions": "it exists for Node only; a sync handler runs in a thread",
 }
 
 

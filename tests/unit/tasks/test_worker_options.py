@@ -14,6 +14,10 @@ async def async_strategy(attempts_made: int, kind: str, error: BaseException, jo
     return 0
 
 
+async def too_short(attempts_made: int) -> int:
+    return 0
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -28,7 +32,9 @@ async def async_strategy(attempts_made: int, kind: str, error: BaseException, jo
         {"removeOnComplete": 100, "removeOnFail": -1},
         {"removeOnFail": {"age": 3600, "count": 10, "limit": 5}},
         {"metrics": {"maxDataPoints": 20160}},
+        {"maxStartedAttempts": 3},
         {"settings": {"backoffStrategy": strategy}},
+        {"settings": {"backoffStrategy": async_strategy}},
         {},
     ],
 )
@@ -46,6 +52,10 @@ def test_none_is_none() -> None:
     ("options", "message"),
     [
         ({"concurrency": 5}, r"concurrency has no effect here: set TaskOptions\(concurrency="),
+        ({"concurrency": 5}, "WORKER_CONCURRENCY, and restart .*setGlobalConcurrency"),
+        ({"maxStartedAttempts": 0}, "maxStartedAttempts must be a whole number from 1"),
+        ({"blockingConnection": True}, "a connection of its own"),
+        ({"workerForkOptions": {}}, "for Node only"),
         ({"connection": {}}, "REDIS_URL"),
         ({"prefix": "x"}, "BULLMQ_PREFIX"),
         ({"autorun": False}, "autorun has no effect"),
@@ -75,12 +85,12 @@ def test_none_is_none() -> None:
         ({"removeOnFail": {"limit": 1}}, "not {'limit': 1}"),
         ({"removeOnFail": {"age": -1}}, "removeOnFail must be .* not {'age': -1}"),
         ({"metrics": {}}, "metrics must be a dict with maxDataPoints"),
-        ({"settings": {"backoffStrategy": 5}}, "a plain function"),
+        ({"settings": {"backoffStrategy": 5}}, "a function, async or not"),
         (
             {"settings": {"backoffStrategy": lambda attempts: 0}},
             r"of \(attempts_made, type, error, job\)",
         ),
-        ({"settings": {"backoffStrategy": async_strategy}}, "not async"),
+        ({"settings": {"backoffStrategy": too_short}}, r"of \(attempts_made, type, error, job\)"),
         ({"settings": {"repeatStrategy": strategy}}, "settings must be .*'repeatStrategy'"),
         ("lockDuration", "must be a dict"),
     ],
