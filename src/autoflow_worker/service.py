@@ -16,6 +16,7 @@ from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.definition import TaskDefinition
 from autoflow_worker.worker.cancellation import keep_cancelling
 from autoflow_worker.worker.lifetime import until_idle
+from autoflow_worker.worker.resources import Resources
 from autoflow_worker.worker.task_worker import TaskWorker
 
 log = structlog.get_logger(__name__)
@@ -25,6 +26,9 @@ EXIT_HANDED_BACK: Final = 4
 
 CLOSE_TIMEOUT: Final = 1.3
 """Seconds past the deadline for cancelling what runs, and handing it back."""
+
+LEAVE_PATIENCE: Final = 0.2
+"""Seconds for the lifespans to end, where the deadline leaves them less."""
 
 FLUSH_TIMEOUT: Final = 0.2
 """Seconds after that for the writes that the recorder still has; no slot waits for them."""
@@ -63,6 +67,8 @@ class WorkerService:
         self.recorder: StatusRecorder | None = None
         self.workers: list[TaskWorker] = []
         self._overseers: list[asyncio.Task[None]] = []
+        self._resources = Resources(task.lifespan for task in tasks)
+        self._leave_by = 0.0
         self._parts: list[Part] = []
         self._failure: WorkerError | None = None
         self._failed = asyncio.Event()
@@ -166,6 +172,7 @@ class WorkerService:
                     record_unknown_jobs=settings.record_unknown_jobs,
                 )
             )
+        await self._resources.open(timeout)
         await asyncio.gather(*(worker.open(timeout) for worker in self.workers))
 
     # -- start -----------------------------------------------------------------------------------
@@ -175,7 +182,7 @@ class WorkerService:
         assert self.recorder is not None
         for worker in self.workers:
             worker.set_quiet(self._is_quiet)
-            worker.start()
+            worker.start(self._resources.of(worker.task.lifespan))
         self._overseers = [
             asyncio.create_task(oversee(refusals, examine))
             for refusals, examine in (
@@ -191,6 +198,7 @@ class WorkerService:
         )
         self._parts += [*self.recorder.deaths(), *self._redis.deaths(), *self._overseers]
         self._parts += [part for worker in self.workers for part in worker.deaths()]
+        self._parts += self._resources.deaths()
         for part in self._parts:
             part.add_done_callback(self._note_end)
         log.info("worker_started", queues=[worker.task.queue_name for worker in self.workers])
@@ -268,6 +276,7 @@ class WorkerService:
         """
         grace = self._settings.worker_shutdown_grace
         log.info("worker_stopping", grace_s=grace)
+        self._leave_by = asyncio.get_running_loop().time() + grace
         for worker in self.workers:
             worker.stop()
         if not await self._until(abort, self._drained(), timeout=grace):
@@ -289,6 +298,8 @@ class WorkerService:
         for overseer in self._overseers:
             overseer.cancel()
         await self._close_workers()
+        left = self._leave_by - asyncio.get_running_loop().time()
+        await self._resources.close(max(left, LEAVE_PATIENCE))
         if self._overseers:
             # An overseer that examines a server which hangs is not waited for any longer.
             await asyncio.wait(self._overseers, timeout=OVERSEER_PATIENCE)

@@ -1,5 +1,7 @@
 """Only checked, never run: what type checkers know about a task."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, assert_type
 
 from pydantic import BaseModel, TypeAdapter
@@ -69,3 +71,42 @@ define_task("q", send, options={"priority": "high"})  # type: ignore[call-overlo
 define_task("q", send, TaskOptions(priority="urgent"))  # type: ignore[arg-type]
 define_task("q", send, worker_options={"concurrency": 5})  # type: ignore[call-overload]
 define_task("q", send, worker_options={"lockDuration": "1000"})  # type: ignore[call-overload]
+
+
+class Http:
+    def get(self, url: str) -> bytes:
+        return url.encode()
+
+
+@asynccontextmanager
+async def http() -> AsyncIterator[Http]:
+    yield Http()
+
+
+@asynccontextmanager
+async def number() -> AsyncIterator[int]:
+    yield 1
+
+
+async def fetch(payload: Email, ctx: TaskContext[Http]) -> bytes:
+    return ctx.resources.get(payload.address)
+
+
+def fetch_sync(payload: Email, ctx: TaskContext[Http]) -> bytes:
+    return ctx.resources.get(payload.address)
+
+
+async def misuse(payload: Email, ctx: TaskContext) -> None:
+    ctx.resources.get("x")  # type: ignore[attr-defined]
+    ctx.progres(1)  # type: ignore[attr-defined]
+
+
+assert_type(define_task("q", fetch, lifespan=http), TaskDefinition[Email, bytes])
+assert_type(define_task("q", fetch_sync, lifespan=http), TaskDefinition[Email, bytes])
+# A handler that uses no resources may have some.
+assert_type(define_task("q", send, lifespan=http), TaskDefinition[Email, dict[str, bool]])
+
+define_task("q", fetch)  # type: ignore[arg-type]
+define_task("q", fetch, lifespan=number)  # type: ignore[misc]
+define_task("q", fetch_sync)  # type: ignore[arg-type]
+define_task("q", fetch, lifespan=Http)  # type: ignore[arg-type]

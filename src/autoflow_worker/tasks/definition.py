@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, overload
 
@@ -26,6 +27,11 @@ MAX_ATTEMPTS = 1_000_000
 
 P = TypeVar("P")
 R = TypeVar("R", default=Any)
+C = TypeVar("C")
+
+Lifespan = Callable[[], AbstractAsyncContextManager[C]]
+Around = Callable[[TaskContext[Any]], AbstractContextManager[object]]
+AroundAsync = Callable[[TaskContext[Any]], AbstractAsyncContextManager[object]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +68,9 @@ class TaskDefinition(Generic[P, R]):
         is_async: whether the handler is awaited; a handler that is not runs in a thread.
         payload_adapter: pydantic's validator, ``None`` for the plain JSON object.
         takes_correlation_id: whether the payload's type has a field ``correlationId``.
+        lifespan: yields the ``resources`` of the handler's context.
+        around: a context manager that each attempt of the handler is inside of.
+        around_async: the same, entered in the event loop.
     """
 
     queue_name: str
@@ -71,6 +80,9 @@ class TaskDefinition(Generic[P, R]):
     is_async: bool
     payload_adapter: TypeAdapter[P] | None = field(repr=False)
     takes_correlation_id: bool
+    lifespan: Lifespan[Any] | None = None
+    around: Around | None = None
+    around_async: AroundAsync | None = None
 
     def parse_payload(self, data: object) -> P:
         """Return the payload from a job's data, without the ``correlationId`` that it may not take.
@@ -87,18 +99,46 @@ class TaskDefinition(Generic[P, R]):
 @overload
 def define_task(
     queue_name: str,
-    handler: Callable[[P, TaskContext[Any]], Awaitable[R]],
+    handler: Callable[[P, TaskContext[None]], Awaitable[R]],
     options: TaskOptions = ...,
     payload: type[P] | TypeAdapter[P] | None = ...,
     worker_options: WorkerOptions | None = ...,
+    *,
+    around: Around | None = ...,
+    around_async: AroundAsync | None = ...,
 ) -> TaskDefinition[P, R]: ...
 @overload
 def define_task(
     queue_name: str,
-    handler: Callable[[P, TaskContext[Any]], R],
+    handler: Callable[[P, TaskContext[C]], Awaitable[R]],
     options: TaskOptions = ...,
     payload: type[P] | TypeAdapter[P] | None = ...,
     worker_options: WorkerOptions | None = ...,
+    *,
+    lifespan: Lifespan[C],
+    around: Around | None = ...,
+    around_async: AroundAsync | None = ...,
+) -> TaskDefinition[P, R]: ...
+@overload
+def define_task(
+    queue_name: str,
+    handler: Callable[[P, TaskContext[None]], R],
+    options: TaskOptions = ...,
+    payload: type[P] | TypeAdapter[P] | None = ...,
+    worker_options: WorkerOptions | None = ...,
+    *,
+    around: Around | None = ...,
+) -> TaskDefinition[P, R]: ...
+@overload
+def define_task(
+    queue_name: str,
+    handler: Callable[[P, TaskContext[C]], R],
+    options: TaskOptions = ...,
+    payload: type[P] | TypeAdapter[P] | None = ...,
+    worker_options: WorkerOptions | None = ...,
+    *,
+    lifespan: Lifespan[C],
+    around: Around | None = ...,
 ) -> TaskDefinition[P, R]: ...
 def define_task(
     queue_name: str,
@@ -106,6 +146,10 @@ def define_task(
     options: TaskOptions = TaskOptions(),
     payload: type[P] | TypeAdapter[P] | None = None,
     worker_options: WorkerOptions | None = None,
+    *,
+    lifespan: Lifespan[Any] | None = None,
+    around: Around | None = None,
+    around_async: AroundAsync | None = None,
 ) -> TaskDefinition[P, R]:
     """Define the task that runs the jobs of one queue.
 
@@ -116,6 +160,13 @@ def define_task(
         payload: the payload's type, where the handler has no annotation for it: any type that
             pydantic's ``TypeAdapter`` takes, or an adapter. Without both, the handler gets the
             plain JSON object.
+        lifespan: an ``@asynccontextmanager`` that yields the ``ctx.resources`` of the handler: a
+            pool, a client. It is entered before the first job is fetched, and left when all jobs
+            have ended. Tasks with the same function share what it yields.
+        around: called with the context, it returns a context manager that each attempt is inside
+            of: a database session, a Sentry scope. It is entered where the handler runs: in its
+            thread, or in the event loop.
+        around_async: the same for an async context manager; for async handlers only.
 
     Raises:
         TaskListError: an argument is invalid.
@@ -123,15 +174,20 @@ def define_task(
     _check_queue_name(queue_name)
     _check_handler(queue_name, handler)
     _check_options(queue_name, options)
+    is_async = inspect.iscoroutinefunction(payloads.underlying_function(handler))
+    _check_contexts(queue_name, lifespan, around, around_async, is_async=is_async)
     adapter = _adapter(queue_name, handler, payload)
     return TaskDefinition(
         queue_name=queue_name,
         handler=handler,
         options=options,
         worker_options=check_worker_options(queue_name, worker_options),
-        is_async=inspect.iscoroutinefunction(payloads.underlying_function(handler)),
+        is_async=is_async,
         payload_adapter=adapter,
         takes_correlation_id=payloads.has_field(adapter, CORRELATION_ID),
+        lifespan=lifespan,
+        around=around,
+        around_async=around_async,
     )
 
 
@@ -179,6 +235,30 @@ def _check_handler(queue_name: str, handler: object) -> None:
         signature.bind(object(), object())
     except TypeError:
         raise refuse(f"must take two arguments (payload, ctx), and takes {signature}") from None
+
+
+def _check_contexts(
+    queue_name: str, lifespan: object, around: object, around_async: object, *, is_async: bool
+) -> None:
+    given = {"lifespan": lifespan, "around": around, "around_async": around_async}
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise TaskListError(
+                f"task {queue_name!r}: {name} must be a function that returns a context manager, "
+                f"not {value!r}"
+            )
+        function = inspect.unwrap(value) if callable(value) else None
+        if function is not value:  # made by contextlib
+            continue
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TaskListError(
+                f"task {queue_name!r}: {name} must be decorated with contextlib's "
+                f"@{'contextmanager' if name == 'around' else 'asynccontextmanager'}"
+            )
+    if around_async is not None and not is_async:
+        raise TaskListError(
+            f"task {queue_name!r}: around_async is for async handlers; give a sync one around="
+        )
 
 
 def _check_options(queue_name: str, options: object) -> None:

@@ -5,6 +5,7 @@ import inspect
 import sys
 import time
 from collections.abc import Awaitable, Coroutine, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, Final, cast
 
@@ -58,7 +59,11 @@ class LoopRunner:
         slot goes on, and its result is dropped.
         """
         started = time.perf_counter()
-        call = cast(Coroutine[Any, Any, Any], self._task.handler(payload, context))
+        task = self._task
+        if task.around is None and task.around_async is None:
+            call = cast(Coroutine[Any, Any, Any], task.handler(payload, context))
+        else:
+            call = _call_within(task, payload, context)
         handler = _start(call, wait.ended, context)
         error: BaseException | None = None
         try:
@@ -169,7 +174,20 @@ def task_name(queue_name: str, task_id: str) -> str:
 def _call(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> object:
     """Call a sync handler, in its thread."""
     running_attempt.set(context)
-    return task.handler(payload, context)
+    if task.around is None:
+        return task.handler(payload, context)
+    with task.around(context):
+        return task.handler(payload, context)
+
+
+async def _call_within(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> Any:
+    """Call an async handler inside of its task's context managers."""
+    async with AsyncExitStack() as stack:
+        if task.around is not None:
+            stack.enter_context(task.around(context))
+        if task.around_async is not None:
+            await stack.enter_async_context(task.around_async(context))
+        return await cast(Coroutine[Any, Any, Any], task.handler(payload, context))
 
 
 def _start(call: Awaitable[Any], ended: Ended, context: TaskContext) -> asyncio.Task[Any]:

@@ -148,8 +148,13 @@ class TaskWorker:
         """
         await self._runner.open(timeout)
 
-    def start(self) -> None:
-        """Start the slots, the renewal of locks and the check for stalled jobs."""
+    def start(self, resources: Any = None) -> None:
+        """Start the slots, the renewal of locks and the check for stalled jobs.
+
+        Args:
+            resources: what the task's lifespan yielded.
+        """
+        self._setup.resources = resources
         name = self.task.queue_name
         create = asyncio.get_running_loop().create_task
         maintenance = Maintenance(self._queue, self._running, self.task.worker_options)

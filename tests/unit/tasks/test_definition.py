@@ -1,3 +1,4 @@
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -221,3 +222,28 @@ def test_a_context_can_be_made_for_a_handlers_own_tests() -> None:
     job: Any = context.job
     assert (context.attempt, context.max_attempts, job) == (1, 1, None)
     context.logger.debug("a_line")
+
+
+def _plain_generator() -> Any:
+    yield
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"lifespan": 3}, "lifespan must be a function that returns a context manager"),
+        ({"lifespan": _plain_generator}, "decorated with contextlib's @asynccontextmanager"),
+        ({"around": _plain_generator}, "decorated with contextlib's @contextmanager"),
+        ({"around_async": "x"}, "around_async must be a function"),
+    ],
+)
+def test_context_managers_that_are_none(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(TaskListError, match=reason):
+        define_task("q", takes_email, **given)
+
+
+def test_a_sync_handler_has_no_async_context_manager() -> None:
+    def handler(payload: Any, ctx: Any) -> None: ...
+
+    with pytest.raises(TaskListError, match="around_async is for async handlers"):
+        define_task("q", handler, around_async=lambda ctx: contextlib.nullcontext())  # type: ignore[arg-type]
