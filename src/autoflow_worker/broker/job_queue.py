@@ -10,6 +10,7 @@ import base64
 import json
 import math
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -82,8 +83,10 @@ class JobQueue:
         self._worker = official_worker(name, redis, prefix, options)
         self.lock_ms = int(self._worker.opts["lockDuration"])
         self._lock_s = self.lock_ms / 1000
-        self._max_data = max_data
-        self._max_started: int | None = options.get("maxStartedAttempts")
+        max_started = options.get("maxStartedAttempts")
+        self._read_claim = partial(
+            read_claim, self._worker, max_data=max_data, max_started=max_started
+        )
         keys: Mapping[str, str] = self._worker.keys
         self._base = keys[""]
         self._elsewhere = [keys[name] for name in scripts.ELSEWHERE]
@@ -178,15 +181,7 @@ class JobQueue:
         if isinstance(fields, list):  # as scripts return a hash
             pairs = iter(fields)
             fields = dict(zip(pairs, pairs, strict=True))
-        return read_claim(
-            self._worker,
-            fields,
-            job_id,
-            token,
-            asked_at + self._lock_s,
-            max_data=self._max_data,
-            max_started=self._max_started,
-        )
+        return self._read_claim(fields, job_id, token, asked_at + self._lock_s)
 
     async def advance_scheduler(self, claim: Claim) -> None:
         """Let the job scheduler that produced this job produce its next one.

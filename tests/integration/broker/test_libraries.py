@@ -79,6 +79,18 @@ CHANGES = {
         "json.dumps(val)\n            if propVal == 'failedReason'",
         "moveToFailedArgs packs something else than this worker expects",
     ),
+    "an option more of a claim": Change(
+        "bullmq/scripts.py",
+        '"lockDuration": lockDuration, "limiter": limiter}',
+        '"lockDuration": lockDuration, "limiter": limiter, "group": None}',
+        "moveToActive packs something else than this worker",
+    ),
+    "an option less of a claim": Change(
+        "bullmq/scripts.py",
+        '"limiter": worker_opts.get("limiter", None),',
+        "",
+        "moveToDelayedArgs packs something else than this worker",
+    ),
     "parameters in another order": Change(
         "bullmq/scripts.py",
         "token: str, delay: int = 0",
