@@ -17,7 +17,7 @@ TESTS ?= tests
 # Tests wait for servers more than they compute, so three of them run at once on each core.
 CORES := $(PYTHON) -c 'import os; print(os.cpu_count() or 1)'
 TEST_JOBS ?= $(shell echo $$((3 * $$($(CORES) 2>/dev/null || echo 2))))
-CODE := src tests $(wildcard bench chaos examples scripts docs/upstream)
+CODE := src tests $(wildcard bench chaos examples parity scripts docs/upstream)
 
 INSTALLED := $(VENV)/.installed
 LOCKS := requirements
@@ -25,7 +25,7 @@ NODE_INSTALLED := $(NODE_DIR)/node_modules/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo dev-worker start-worker init-db test test-matrix lint format types lock \
-	docker-build docker-run image-test bench chaos crashes interleavings clean
+	docker-build docker-run image-test bench chaos crashes parity interleavings clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -105,6 +105,9 @@ chaos: $(INSTALLED) $(NODE_INSTALLED) ## kill servers and workers at random, and
 
 crashes: $(INSTALLED) $(NODE_INSTALLED) ## kill 100 workers at each crash point, and compare
 	$(BIN)/python -m chaos.failpoints
+
+parity: $(INSTALLED) $(NODE_INSTALLED) ## run 160 scenarios with Node's worker and with this one, and compare
+	$(BIN)/python -m parity
 
 clean: ## remove everything that make and its tools created
 	rm -rf $(VENV) .venv-3.* $(NODE_DIR)/node_modules dist build

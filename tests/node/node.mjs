@@ -10,6 +10,7 @@
 import { createRequire } from 'node:module';
 import { createServer } from 'node:net';
 import { createInterface } from 'node:readline';
+import { setTimeout as pause } from 'node:timers/promises';
 
 const require = createRequire(import.meta.url);
 const PRIORITIES = { critical: 1, high: 2, normal: 3, low: 4 };
@@ -42,26 +43,50 @@ function plain(value) {
   return value === undefined ? null : value;
 }
 
-// What a worker does: the step of this run in `data.script`.
-async function act({ DelayedError, RateLimitError, UnrecoverableError, WaitingError }, job, token) {
-  const step = job.data.script[job.attemptsStarted - 1] ?? {};
-  if ('progress' in step) await job.updateProgress(step.progress);
-  if ('log' in step) await job.log(step.log);
-  if ('delay' in step) {
-    await job.moveToDelayed(Date.now() + step.delay, token);
-    throw new DelayedError();
+// A worker's backoff strategies, by name.
+const STRATEGIES = {
+  linear: (attemptsMade) => attemptsMade * 40,
+  'once more': (attemptsMade) => (attemptsMade < 2 ? 10 : -1),
+  'by type': (attemptsMade, type, error) => type.length * 60 + error.message.length,
+  later: async () => 30,
+};
+
+// What a worker does: the step of this run in `data.script`. parity/script.py does the same in Python.
+async function act(bullmq, queue, job, token) {
+  const step = job.data?.script?.[job.attemptsStarted - 1] ?? {};
+  for (const progress of [step.progress ?? []].flat()) await job.updateProgress(progress);
+  for (const line of [step.log ?? []].flat()) await job.log(line);
+  if ('sleep' in step) await pause(step.sleep);
+  while (step.hold && !(await queue(job.queueName).getJob(job.id)).data.go) await pause(20);
+  if ('update' in step) await job.updateData({ ...job.data, ...step.update });
+  if ('children' in step) await addChildren(queue, job, step.children);
+  const answers = [];
+  for (const [method, ...args] of step.call ?? []) answers.push(plain(await job[method](...args)));
+  for (const name of step.see ?? []) answers.push(plain(job[name]));
+  if (step.discard) job.discard();
+  if ('park' in step && (await job.moveToWaitingChildren(token))) throw new bullmq.WaitingChildrenError();
+  if ('limit' in step) {
+    await queue(job.queueName).rateLimit(step.limit);
+    throw new bullmq.RateLimitError();
   }
   if ('wait' in step) {
     await job.moveToWait(token);
-    throw new WaitingError();
+    throw new bullmq.WaitingError();
   }
-  if ('limit' in step) {
-    await job.queue.rateLimit(step.limit); // a worker's job has the worker as its queue
-    throw new RateLimitError();
+  if ('delay' in step) {
+    await job.moveToDelayed(Date.now() + step.delay, token);
+    throw new bullmq.DelayedError();
   }
   if ('throw' in step) throw new Error(step.throw);
-  if ('unrecoverable' in step) throw new UnrecoverableError(step.unrecoverable);
-  return { success: true, output: step.return ?? null, duration: 0 };
+  if ('unrecoverable' in step) throw new bullmq.UnrecoverableError(step.unrecoverable);
+  const output = 'call' in step || 'see' in step ? answers : (step.return ?? null);
+  return { success: true, output, duration: 0 };
+}
+
+async function addChildren(queue, job, children) {
+  const parent = { id: job.id, queue: job.queueQualifiedName };
+  const jobs = children.map(({ name, data, opts }) => ({ name, data, opts: { ...opts, parent } }));
+  await queue(children[0].queueName).addBulk(jobs);
 }
 
 class Session {
@@ -102,15 +127,17 @@ class Session {
     return plain(await flows.add(flow));
   }
 
-  // A worker of Node's own, to compare with.
-  async work({ queue, opts }) {
+  // A worker of Node's own, to compare with. Its backoff strategy is one of those above, by name.
+  async work({ queue, opts: { backoff, ...opts } }) {
     const { bullmq } = this;
+    const queueOf = (name) => this.#queue(name);
     class ScriptedWorker extends bullmq.Worker {
       constructor(name, options) {
-        super(name, (job, token) => act(bullmq, job, token), options);
+        super(name, (job, token) => act(bullmq, queueOf, job, token), options);
       }
     }
-    await this.#open(ScriptedWorker, queue, opts).waitUntilReady();
+    const settings = backoff ? { settings: { backoffStrategy: STRATEGIES[backoff] } } : {};
+    await this.#open(ScriptedWorker, queue, { ...opts, ...settings }).waitUntilReady();
   }
 
   // The next time of each schedule, by BullMQ's own strategy: `at`, or the `error` with which it refuses. `tz` is the

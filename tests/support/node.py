@@ -265,8 +265,8 @@ class Node:
         """Start a Node `Worker` that does what each job's `payload["script"]` says.
 
         A script is a list of steps, one for each run: `{"return": value}`, `{"throw": message}`,
-        `{"unrecoverable": message}`, `{"delay": ms}`, `{"wait": true}`, `{"limit": ms}`, with
-        `progress` and `log` beside it.
+        `{"unrecoverable": message}`, `{"delay": ms}`, ...; `parity/script.py` has them all. The
+        option `backoff` names one of the strategies in node.mjs.
         """
         await self._call("work", queue=queue, opts=opts)
 

@@ -13,7 +13,7 @@ WINGS = "|".join(sorted(path.parent.name for path in SOURCE.glob("*/__init__.py"
 PAGES = [
     *REPOSITORY.glob("*.md"),
     *REPOSITORY.glob("docs/*.md"),
-    *(REPOSITORY / folder / "README.md" for folder in ("tests", "chaos", "docs/upstream")),
+    *(REPOSITORY / f / "README.md" for f in ("tests", "chaos", "parity", "docs/upstream")),
 ]
 
 # `service.py`, `broker/claim`, `tests/unit/test_imports.py`
