@@ -10,7 +10,9 @@ try:
     from autoflow_worker.tasks.definition import TaskDefinition, TaskOptions, define_task
     from autoflow_worker.tasks.exceptions import (
         DelayedError,
+        RateLimited,
         RateLimitError,
+        RetryLater,
         UnrecoverableError,
         WaitingChildrenError,
         WaitingError,
@@ -32,6 +34,8 @@ __all__ = [
     "JobHandle",
     "PayloadError",
     "RateLimitError",
+    "RateLimited",
+    "RetryLater",
     "TaskCancelledError",
     "TaskContext",
     "TaskDefinition",

@@ -342,6 +342,11 @@ class JobQueue:
         )
         return await self._run(self._scripts.commands["retryJob"], keys, args, claim.token)
 
+    async def postpone(self, claim: Claim, until_ms: int, *, fetch_next: bool) -> Reply:
+        """Move the job to delayed until `until_ms`, without using up its attempt."""
+        options = {"skipAttempt": True, "fetchNext": fetch_next, "workerOpts": self._worker.opts}
+        return await self._move_to_delayed(claim.id, claim.token, until_ms, options)
+
     async def hand_back(self, job_id: str, token: str, until_ms: int = 0) -> None:
         """Give a job back without using up its attempt; it is due at `until_ms`, or now."""
         await self._move_to_delayed(job_id, token, until_ms, {"skipAttempt": True})

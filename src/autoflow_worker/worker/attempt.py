@@ -27,7 +27,9 @@ from autoflow_worker.tasks.context import TaskCancelledError, TaskContext
 from autoflow_worker.tasks.definition import CORRELATION_ID, TaskDefinition
 from autoflow_worker.tasks.exceptions import (
     DelayedError,
+    RateLimited,
     RateLimitError,
+    RetryLater,
     UnrecoverableError,
     WaitingChildrenError,
     WaitingError,
@@ -45,6 +47,9 @@ log = structlog.get_logger(__name__)
 
 MOVED: Final = (DelayedError, WaitingError, WaitingChildrenError)
 """What a handler raises that has moved its own job."""
+
+
+_CANCELLED: Final = Finish("failedReason", "the task is cancelled")
 
 
 class UnmovedJobError(Exception):
@@ -103,7 +108,7 @@ class Attempt:
             return await self._fail(error)
         verdict = await self.history.start()
         if verdict is Verdict.CANCELLED:
-            return await self._acknowledge_failure(Finish("failedReason", "the task is cancelled"))
+            return await self._acknowledge_failure(_CANCELLED)
         if not queue.is_surely_ours(claim):
             await queue.make_sure_of(claim)
         outcome = await self._execute(payload)
@@ -119,7 +124,9 @@ class Attempt:
         if isinstance(error, MOVED):
             return self._moved(error)
         if isinstance(error, RateLimitError):
-            return self._limited()
+            return self._limited(error)
+        if isinstance(error, RetryLater):
+            return self._later(error.delay_ms)
         return self._fail(error)
 
     async def _execute(self, payload: Any) -> Outcome:
@@ -293,9 +300,24 @@ class Attempt:
         await self.history.follow(patch)
         return Reply()
 
-    async def _limited(self) -> Reply:
-        """Give the job back to its queue, whose rate limit the handler has set."""
-        await self.history.finish(patches.handed_back_patch())
+    async def _later(self, delay_ms: int) -> Reply:
+        """Delay the job because its handler asks for it; the attempt is not used up."""
+        until_ms = now_ms() + delay_ms
+        patch = patches.handed_back_patch()
+        if delay_ms:
+            patch = patches.moved_to_delayed_patch(until_ms=until_ms)
+        if await self.history.finish(patch) is Verdict.CANCELLED:
+            return await self._acknowledge_failure(_CANCELLED)
+        send = partial(self.setup.queue.postpone, self.claim, until_ms)
+        return await self.setup.acknowledger.tell(self.claim, self.history, send)
+
+    async def _limited(self, error: RateLimitError) -> Reply:
+        """Give the job back to its queue, which rests."""
+        if isinstance(error, RateLimited):
+            job, rest_ms = self.claim.job_of_handler(), error.rest_ms
+            await self.setup.queue.insist(lambda: job.rateLimit(rest_ms))
+        if await self.history.finish(patches.handed_back_patch()) is Verdict.CANCELLED:
+            return await self._acknowledge_failure(_CANCELLED)
         send = partial(give_back, self.claim)
         return await self.setup.acknowledger.tell(self.claim, self.history, send)
 
