@@ -5,6 +5,7 @@ import asyncio
 import gc
 import io
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -27,8 +28,8 @@ from autoflow_worker.process.leaving import leave_process
 
 if TYPE_CHECKING:
     from autoflow_worker.operations.reconcile_plan import Lost
+    from autoflow_worker.service import WorkerService
     from autoflow_worker.settings import Settings
-    from autoflow_worker.tasks.definition import TaskDefinition
 
 log = structlog.get_logger(__name__)
 
@@ -40,9 +41,9 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 _EPILOG = """
 Settings come from the environment or from .env files: REDIS_URL, DATABASE_URL, NODE_ENV,
-BULLMQ_PREFIX, TASKS_CONFIG, WORKER_QUEUES, WORKER_CONCURRENCY, WORKER_SHUTDOWN_GRACE,
-WORKER_STARTUP_TIMEOUT, DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, MAX_PAYLOAD_BYTES, LOG_LEVEL,
-LOG_FORMAT.
+BULLMQ_PREFIX, TASKS_CONFIG, WORKER_QUEUES, WORKER_CONCURRENCY, WORKER_PROCESSES,
+WORKER_RECYCLE_JOBS, WORKER_RECYCLE_MEMORY, WORKER_SHUTDOWN_GRACE, WORKER_STARTUP_TIMEOUT,
+DATABASE_POOL_MAX, RECORD_UNKNOWN_JOBS, MAX_PAYLOAD_BYTES, LOG_LEVEL, LOG_FORMAT.
 
 Exit codes: 0 success; 1 a part of the worker died; 2 wrong settings, task list or arguments, or a
 missing extra; 3 Redis or PostgreSQL can't be reached, refuses the worker, or does not fit; 4 the
@@ -83,9 +84,22 @@ def cli() -> None:
     metavar="SECONDS",
     help="End with exit code 0 when no task had a job for so long.",
 )
-@click.option("--until-stdin-closes", is_flag=True, hidden=True)
+@click.option(
+    "--processes",
+    metavar="N",
+    help="Run so many worker processes, or one for each core: auto. [default: WORKER_PROCESSES, "
+    "else 1]",
+)
+@click.option("--quiet", is_flag=True, hidden=True)
+@click.option("--supervised", is_flag=True, hidden=True)
 def start(
-    tasks: str | None, queues: str | None, until_idle: float | None, until_stdin_closes: bool
+    *,
+    tasks: str | None,
+    queues: str | None,
+    processes: str | None,
+    until_idle: float | None,
+    quiet: bool,
+    supervised: bool,
 ) -> int:
     """Run the worker, as in production.
 
@@ -93,36 +107,46 @@ def start(
     WORKER_SHUTDOWN_GRACE seconds to finish, then they are handed back to their queues. A second
     signal, at least a second later, hands them back at once. SIGUSR1 prints what runs. SIGTSTP
     makes the worker quiet: it finishes what runs and fetches nothing more, until SIGCONT.
+
+    With more than one process, SIGHUP replaces all processes, one after the other.
     """
     from autoflow_worker.process.signals import hold_signals
+    from autoflow_worker.process.supervised import Supervision
     from autoflow_worker.process.watchdog import leave_stacks
 
     hold_signals()  # Before the slow imports.
     leave_stacks()
+    supervision = Supervision() if supervised else None
     from autoflow_worker.settings import Settings, read_env_files
-    from autoflow_worker.tasks.loader import load_tasks
 
-    if until_stdin_closes:
-        from autoflow_worker.local.dev import stop_when_stdin_closes
-
-        stop_when_stdin_closes()
+    inherited = dict(os.environ)
     env_files = read_env_files()
-    settings = Settings.load(tasks_config=tasks, worker_queues=queues)
+    settings = Settings.load(tasks_config=tasks, worker_queues=queues, worker_processes=processes)
     configure_logging(settings.log_level, settings.log_format)
+    if settings.needs_supervisor and not supervised:
+        from autoflow_worker.supervisor import supervise
+
+        given = {"--tasks": tasks, "--queues": queues, "--until-idle": until_idle}
+        options = [f"{name}={value}" for name, value in given.items() if value is not None]
+        # Each process reads the .env files itself, so its start sees a change in them.
+        return supervise(settings, options, inherited, end_idle=until_idle is not None)
     if env_files:
         log.info("env_files_read", files=env_files)
     for found in Settings.lookalikes():
         log.warning("unknown_variable", **found._asdict())
+    from autoflow_worker.service import WorkerService
+    from autoflow_worker.tasks.loader import load_tasks
+
     listed = load_tasks(settings.tasks_config, settings.worker_queues)
-    return _run_worker(settings, listed, until_idle)
+    service = WorkerService(settings, listed, idle_limit=until_idle, supervision=supervision)
+    if quiet:
+        service.be_quiet()
+    return _run_worker(service, settings.worker_shutdown_grace)
 
 
-def _run_worker(
-    settings: "Settings", tasks: "Sequence[TaskDefinition[Any]]", idle_limit: float | None
-) -> int:
+def _run_worker(service: "WorkerService", grace: float) -> int:
     from autoflow_worker.process.forks import guard_forks
     from autoflow_worker.process.signals import QUIET, TELL, WAKE, stop_on_signals
-    from autoflow_worker.service import WorkerService
     from autoflow_worker.worker.handler_tasks import contain_tasks
 
     # Modules stay, and jobs leave almost no cyclic garbage. At Python's default threshold, 700 or
@@ -130,14 +154,13 @@ def _run_worker(
     gc.freeze()
     gc.set_threshold(10_000)
 
-    service = WorkerService(settings, tasks, idle_limit=idle_limit)
     calls = {TELL: service.tell, QUIET: service.be_quiet, WAKE: service.wake}
 
     async def run() -> int:
         loop = asyncio.get_running_loop()
         guard_forks(loop)
         contain_tasks(loop)
-        with stop_on_signals(settings.worker_shutdown_grace, calls) as (stop, abort):
+        with stop_on_signals(grace, calls) as (stop, abort):
             return await service.run(stop, abort)
 
     return run_to_its_end(run(), service.fail)

@@ -10,12 +10,18 @@ from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.errors import PartDiedError, WorkerError
 from autoflow_worker.operations.oversight import Oversight, oversee, persist
+from autoflow_worker.process.supervised import Report, Supervision
 from autoflow_worker.recording.cancelled_rows import CancelledRows
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.definition import TaskDefinition
 from autoflow_worker.worker.cancellation import keep_cancelling
-from autoflow_worker.worker.lifetime import until_idle
+from autoflow_worker.worker.lifetime import (
+    check_recycle_memory,
+    until_idle,
+    until_retired,
+    until_worn,
+)
 from autoflow_worker.worker.resources import Resources
 from autoflow_worker.worker.task_worker import TaskWorker
 
@@ -46,6 +52,7 @@ class WorkerService:
         settings: checked settings.
         tasks: at least one; no two of one queue.
         idle_limit: seconds without a job after which the worker ends; ``None``: none.
+        supervision: what hears that the worker works; ``None``: nobody.
 
     Attributes:
         workers: one for each task; none before the servers are reached.
@@ -58,10 +65,12 @@ class WorkerService:
         tasks: Sequence[TaskDefinition[Any]],
         *,
         idle_limit: float | None = None,
+        supervision: Supervision | None = None,
     ) -> None:
         self._settings = settings
         self._tasks = tasks
         self._idle_limit = idle_limit
+        self._supervision = supervision
         self._oversight = Oversight(settings, [task.queue_name for task in tasks])
         self._redis: PipelinedRedis | None = None
         self.recorder: StatusRecorder | None = None
@@ -138,6 +147,8 @@ class WorkerService:
     # -- open ------------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
+        if (limit := self._settings.worker_recycle_memory) is not None:
+            check_recycle_memory(limit)
         settings, timeout = self._settings, self._settings.worker_startup_timeout
         # Before the recorder connects, because a pooler would give its session options to others.
         await persist(self._oversight.examine_database, timeout)
@@ -202,10 +213,27 @@ class WorkerService:
         for part in self._parts:
             part.add_done_callback(self._note_end)
         log.info("worker_started", queues=[worker.task.queue_name for worker in self.workers])
+        if self._supervision is not None:
+            self._supervision.report(Report.READY)
 
     def _own_ends(self) -> list[Coroutine[Any, Any, None]]:
         """Return what ends the worker without a signal."""
-        return [] if self._idle_limit is None else [self._idle(self._idle_limit)]
+        ends = []
+        if self._idle_limit is not None:
+            ends.append(self._idle(self._idle_limit))
+        if self._supervision is not None and self._settings.needs_supervisor:
+            ends.append(self._worn(self._supervision))
+        return ends
+
+    async def _worn(self, supervision: Supervision) -> None:
+        """Have the supervisor replace this process when it is worn, and end when it is retired."""
+        settings = self._settings
+        worn = await until_worn(
+            self.workers, settings.worker_recycle_jobs, settings.worker_recycle_memory
+        )
+        log.info("worker_worn", **worn)
+        supervision.report(Report.WORN)
+        await until_retired(self.workers)
 
     async def _idle(self, seconds: float) -> None:
         await until_idle(self.workers, seconds)

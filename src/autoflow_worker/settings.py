@@ -1,6 +1,7 @@
 """Settings from `.env` files and the environment, and all faults in them in one error."""
 
 import os
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -21,11 +22,14 @@ from autoflow_worker.encoding.masking import mask_secrets
 from autoflow_worker.errors import SettingsError
 from autoflow_worker.logs.configure import LogFormat, LogLevel
 from autoflow_worker.lookalikes import Lookalike, lookalikes
+from autoflow_worker.process.cores import usable_cores
 from autoflow_worker.recording.database_urls import database_url as checked_database_url
 from autoflow_worker.urls import SCHEME
 
 # Names from Node's loggers, so that the API and this worker can share one LOG_LEVEL.
 _LEVEL_ALIASES = {"trace": "debug", "warn": "warning", "fatal": "critical"}
+_SIZE = re.compile(r"\s*(\d{1,15})\s*([KMG]?)i?B?\s*", re.IGNORECASE | re.ASCII)
+_UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 _SHOWN_LENGTH = 80
 # For `examine`, where a URL is missing or wrong; the other settings have defaults.
 _STAND_INS = {"redis_url": "redis://unset", "database_url": "postgresql://unset"}
@@ -45,6 +49,15 @@ def _lower(value: object) -> object:
 def _level_name(value: object) -> object:
     name = _lower(value)
     return _LEVEL_ALIASES.get(str(name), name)
+
+
+def _process_count(value: object) -> object:
+    return usable_cores() if _lower(value) == "auto" else value
+
+
+def _bytes(value: object) -> object:
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    return int(found[1]) * _UNITS[found[2].upper()] if found else value
 
 
 def _url(check: Callable[[str], str]) -> AfterValidator:
@@ -84,6 +97,17 @@ class Settings(BaseSettings):
     worker_concurrency: int = Field(
         1, ge=1, le=10_000, description="a whole number from 1 to 10000 (jobs at once per task)"
     )
+    worker_processes: Annotated[int, BeforeValidator(_process_count)] = Field(
+        1, ge=1, le=256, description="a whole number from 1 to 256, or auto (one for each core)"
+    )
+    worker_recycle_jobs: int | None = Field(
+        None, ge=1, description="a whole number from 1 (jobs of one process), or not set"
+    )
+    worker_recycle_memory: Annotated[int | None, BeforeValidator(_bytes)] = Field(
+        None,
+        ge=1024**2,
+        description="bytes of one process, or a number with K, M or G, such as 512M; 1M or more",
+    )
     worker_shutdown_grace: float = Field(
         25.0, ge=0, le=86_400, allow_inf_nan=False, description="seconds from 0 to 86400"
     )
@@ -107,6 +131,12 @@ class Settings(BaseSettings):
         default_factory=lambda data: "json" if data.get("node_env") == "production" else "console",
         description="console or json",
     )
+
+    @property
+    def needs_supervisor(self) -> bool:
+        """Whether `start` runs worker processes of its own, and works in none itself."""
+        limits = (self.worker_recycle_jobs, self.worker_recycle_memory)
+        return self.worker_processes > 1 or limits != (None, None)
 
     @classmethod
     def load(cls, *, needs: Collection[str] | None = None, **overrides: Any) -> Self:

@@ -99,7 +99,7 @@ async def test_a_worker_that_has_to_be_killed_is_a_death(worker_process: WorkerS
     await until(worker_stands, 30, message=dev.report)
     dev.send(signal.SIGTERM)
     assert await dev.wait() == 1
-    assert "killing it" in dev.stderr
+    assert "process_killed" in dev.stdout
 
 
 async def test_a_signal_and_a_later_one_are_passed_on(

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.support.until import PATIENCE, until
 
@@ -26,12 +28,18 @@ class WorkerProcess:
         folder: holds the process's output; its parent is the working directory.
     """
 
-    def __init__(self, arguments: list[str], env: Mapping[str, str], folder: Path) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        env: Mapping[str, str],
+        folder: Path,
+        launcher: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         self._stdout, self._stderr = folder / "stdout", folder / "stderr"
         with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "autoflow_worker", *arguments],
+                [*launcher, sys.executable, "-m", "autoflow_worker", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -106,8 +114,16 @@ class WorkerProcess:
         """Return the end of both outputs, for a message."""
         return f"\n--- stdout\n{self.stdout[-4000:]}\n--- stderr\n{self.stderr[-4000:]}"
 
+    def children(self) -> list[psutil.Process]:
+        """Return the processes that it has started and that have not ended."""
+        return psutil.Process(self.pid).children()
+
     def close(self) -> None:
         """Kill the process and its children."""
+        # Those of a supervisor lead groups of their own.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.pid).children(recursive=True):
+                child.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.wait()
@@ -119,11 +135,13 @@ class WorkerStarter:
 
     Attributes:
         env: variables that each process gets beside this process's own.
+        launcher: the command that starts each process, as its first words.
     """
 
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
         self._folder = folder
         self.env = dict(env)
+        self.launcher: Sequence[str] = ()
         self._started: list[WorkerProcess] = []
 
     def __call__(
@@ -143,7 +161,7 @@ class WorkerStarter:
         folder.mkdir()
         merged = {**os.environ, **self.env, **env}
         environment = {key: value for key, value in merged.items() if value is not None}
-        worker = WorkerProcess([command, *arguments], environment, folder)
+        worker = WorkerProcess([command, *arguments], environment, folder, self.launcher)
         self._started.append(worker)
         return worker
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"broker", "recording", "tasks", "process"},
     {"settings"},
     {"worker", "scheduling", "operations"},
-    {"service", "autoflow_worker"},
+    {"service", "supervisor", "autoflow_worker"},
     {"local"},
     {"cli"},
 ]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoflow_worker.errors import SettingsError
+from autoflow_worker.process.cores import usable_cores
 from autoflow_worker.settings import Settings
 from tests.support.environment import NAMES, URLS, environment, faults, load
 
@@ -23,6 +24,9 @@ def test_the_defaults() -> None:
         "tasks_config": "tasks_config:tasks",
         "worker_queues": None,
         "worker_concurrency": 1,
+        "worker_processes": 1,
+        "worker_recycle_jobs": None,
+        "worker_recycle_memory": None,
         "worker_shutdown_grace": 25.0,
         "worker_startup_timeout": 30.0,
         "database_pool_max": 5,
@@ -48,6 +52,21 @@ def test_what_is_set_counts() -> None:
     assert settings.record_unknown_jobs is False
     assert settings.log_level == "warning"
     assert settings.log_format == "json"
+
+
+@pytest.mark.parametrize(
+    ("value", "bytes_"),
+    [("1048576", 2**20), ("512M", 512 * 2**20), (" 2 GiB ", 2 * 2**30), ("4096kb", 2**22)],
+)
+def test_memory_in_bytes_or_with_a_unit(value: str, bytes_: int) -> None:
+    assert load(WORKER_RECYCLE_MEMORY=value).worker_recycle_memory == bytes_
+
+
+def test_when_start_runs_processes_of_its_own() -> None:
+    assert not load(WORKER_PROCESSES="1").needs_supervisor
+    assert load(WORKER_PROCESSES="2").needs_supervisor
+    assert load(WORKER_RECYCLE_JOBS="9").needs_supervisor
+    assert load(WORKER_PROCESSES=" Auto").worker_processes == usable_cores()
 
 
 def test_log_format_goes_before_the_default_of_production() -> None:
@@ -131,6 +150,9 @@ def test_every_fault_is_told_at_once() -> None:
         "TASKS_CONFIG": "no-colon",
         "WORKER_QUEUES": " , ",
         "WORKER_CONCURRENCY": "0",
+        "WORKER_PROCESSES": "several",
+        "WORKER_RECYCLE_JOBS": "0",
+        "WORKER_RECYCLE_MEMORY": "512X",
         "WORKER_SHUTDOWN_GRACE": "inf",
         "WORKER_STARTUP_TIMEOUT": "0",
         "DATABASE_POOL_MAX": "1.5",

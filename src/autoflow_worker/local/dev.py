@@ -2,18 +2,17 @@
 
 import asyncio
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-from autoflow_worker.errors import MissingExtraError, WorkerError
+from autoflow_worker.errors import MissingExtraError
 from autoflow_worker.local.embedded import EmbeddedPostgres, EmbeddedRedis, running
 from autoflow_worker.logs.configure import configure_logging
-from autoflow_worker.process.signals import SAME_WITHIN, stop_on_signals
+from autoflow_worker.process.children import Child, Children
+from autoflow_worker.process.signals import stop_on_signals
 from autoflow_worker.recording.table import init_db
 from autoflow_worker.settings import Settings, read_env_files
 
@@ -23,8 +22,6 @@ except ImportError as error:
     raise MissingExtraError(f"dev needs {error.name or error}") from None
 
 RELOAD_GRACE = "2"  # WORKER_SHUTDOWN_GRACE if it is not set
-KILL_AFTER = 3.0  # seconds past the grace after which a worker that has not ended is killed
-SIGNAL_LATENCY = 0.5  # seconds by which the worker may notice its first signal late
 _WATCHED = PythonFilter(extra_extensions=(".env", ".env.local", ".env.development"))
 
 
@@ -49,25 +46,13 @@ def run_dev(*, tasks: str | None = None, queues: str | None = None) -> int:
         redis_url=os.environ.get("REDIS_URL") or "redis://embedded",
         database_url=os.environ.get("DATABASE_URL") or "postgresql://embedded",
     )
-    command = [sys.executable, "-m", "autoflow_worker", "start", "--until-stdin-closes"]
+    command = [sys.executable, "-m", "autoflow_worker", "start", "--supervised"]
     command += ["--tasks", tasks] if tasks else []
     command += ["--queues", queues] if queues else []
     configure_logging("error")  # Each worker configures its own logs.
     with _servers() as urls:
         _introduce(urls, tasks)
         return asyncio.run(_run(command, {**inherited, **urls}, settings.worker_shutdown_grace))
-
-
-def stop_when_stdin_closes() -> None:
-    """Send this process SIGTERM when its parent ends, also by SIGKILL."""
-
-    def watch() -> None:
-        with suppress(OSError):
-            while os.read(0, 1024):
-                pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 @contextmanager
@@ -100,64 +85,29 @@ def _introduce(urls: Mapping[str, str], tasks: str | None) -> None:
 async def _run(command: Sequence[str], env: Mapping[str, str], grace: float) -> int:
     """Run until a signal; return the last worker's exit code, 1 if it had to be killed."""
     root = Path.cwd()
-    with stop_on_signals() as (stop, abort):
+    with stop_on_signals() as (stop, abort), Children(command, env) as children:
         changes = awatch(root, watch_filter=_WATCHED, stop_event=stop)
         while True:
-            worker = await asyncio.create_subprocess_exec(
-                *command,
-                env=env,
-                # Nothing is written to it. Its end tells the worker that this process is gone.
-                stdin=asyncio.subprocess.PIPE,
-                # The terminal's Ctrl-C does not reach another process group. The worker would take
-                # that signal and the one of `_end` as two, and hand running jobs back at once.
-                process_group=0,
-            )
+            worker = children.start()
             changed = await _until_change(worker, changes, stop)
-            code = await _end(worker, abort, grace + KILL_AFTER)
+            code = await worker.end(abort, grace)
             if not changed:
-                return code if code >= 0 else WorkerError.exit_code
+                return code
             names = sorted(path.removeprefix(f"{root}/") for path in changed)
             _say(f"{', '.join(names)} changed: restarting")
 
 
 async def _until_change(
-    worker: asyncio.subprocess.Process,
-    changes: AsyncIterator[set[tuple[Change, str]]],
-    stop: asyncio.Event,
+    worker: Child, changes: AsyncIterator[set[tuple[Change, str]]], stop: asyncio.Event
 ) -> set[str]:
     """Wait for a change, and return the files that changed; none after a signal to stop."""
-    ended = asyncio.create_task(worker.wait())
     change = asyncio.ensure_future(anext(changes, None))
-    await asyncio.wait({ended, change}, return_when=asyncio.FIRST_COMPLETED)
-    if ended.done() and not stop.is_set() and not change.done():
-        _say(f"the worker ended with exit code {ended.result()}; waiting for a change")
+    waits: set[asyncio.Future[Any]] = {worker.ended, change}
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    if worker.is_over and not stop.is_set() and not change.done():
+        _say(f"the worker ended with exit code {worker.exit_code}; waiting for a change")
     # A signal to stop ends the iterator, and so this wait.
-    found = await change
-    ended.cancel()
-    return {path for _, path in found or ()}
-
-
-async def _end(worker: asyncio.subprocess.Process, abort: asyncio.Event, kill_after: float) -> int:
-    """Stop the worker, pass a second signal on, and kill it at the deadline."""
-    ended = asyncio.create_task(worker.wait())
-    aborted = asyncio.create_task(abort.wait())
-    with suppress(ProcessLookupError):
-        worker.terminate()
-        told_at = time.monotonic()
-        await asyncio.wait(
-            {ended, aborted}, timeout=kill_after, return_when=asyncio.FIRST_COMPLETED
-        )
-        if aborted.done() and not ended.done():
-            # The worker counts a signal that follows sooner as the first one repeated.
-            again_at = told_at + SAME_WITHIN + SIGNAL_LATENCY
-            await asyncio.wait({ended}, timeout=again_at - time.monotonic())
-            worker.terminate()
-            await asyncio.wait({ended}, timeout=KILL_AFTER)
-        if not ended.done():
-            _say("the worker does not end: killing it")
-            worker.kill()
-    aborted.cancel()
-    return await ended
+    return {path for _, path in await change or ()}
 
 
 def _say(message: str) -> None:
