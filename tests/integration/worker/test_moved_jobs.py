@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from autoflow_worker import RateLimitError, TaskContext, TaskOptions, WaitingError, define_task
+from autoflow_worker import (
+    DelayedError,
+    RateLimitError,
+    TaskContext,
+    TaskOptions,
+    WaitingError,
+    define_task,
+)
+from autoflow_worker.clock import now_ms
 from tests.support.api import Api, Json
 from tests.support.handlers import Gate
 from tests.support.node import Node
@@ -14,10 +22,6 @@ from tests.support.running import RunWorker
 from tests.support.until import until
 
 QUEUE = "q"
-
-# Without a marker an idle slot would not look for jobs while a test lasts.
-RARELY: Any = {"drainDelay": 60}
-TWO = TaskOptions(concurrency=2)
 
 
 class GoesBack:
@@ -41,23 +45,12 @@ class GoesBack:
         raise RateLimitError
 
 
-async def until_it_waits(redis: Redis) -> None:
-    """Wait until a worker's slot blocks for jobs."""
-
-    async def blocks() -> bool:
-        return any("b" in client["flags"] for client in await redis.client_list())
-
-    await until(blocks)
-
-
 @pytest.mark.parametrize("limit_ms", [None, 0, 300])
 async def test_a_job_goes_back_and_keeps_its_attempt(
     run_worker: RunWorker, api: Api, limit_ms: int | None
 ) -> None:
-    """Both stores say so while it waits; nothing else has to happen for it to run again."""
     handler = GoesBack(limit_ms)
-    task = define_task(QUEUE, handler, TWO, worker_options=RARELY)
-    async with run_worker([task]):
+    async with run_worker([define_task(QUEUE, handler, TaskOptions(concurrency=2))]):
         task_id = await api.schedule(QUEUE, attempts=1)
         await until(lambda: handler.runs)
         await api.node.pause(QUEUE)
@@ -72,22 +65,37 @@ async def test_a_job_goes_back_and_keeps_its_attempt(
     assert (job["attemptsMade"], job["attemptsStarted"]) == (1, 2)
 
 
+async def test_a_handler_that_goes_on_after_its_move_is_believed(
+    run_worker: RunWorker, api: Api
+) -> None:
+    """The lock went with the move, so it is no sign of another worker, however late it is."""
+    gate = Gate(DelayedError())
+    task_id = await api.schedule(QUEUE, attempts=1)
+    async with run_worker([define_task(QUEUE, gate)]):
+        await until(lambda: gate.contexts)
+        job: Any = gate.contexts[0].job
+        await job.moveToDelayed(now_ms() + 600_000, job.token)
+        job.lock.locked_until = 0.0  # as if a lock's duration had passed
+        gate.opened.set()
+        row = await api.until_both_say(QUEUE, task_id, "delayed")
+    assert (row["error"], row["attempts"]) == (None, 1)
+
+
 @pytest.mark.parametrize("priority", [0, 3])
-async def test_a_job_that_went_back_wakes_an_idle_slot(
-    run_worker: RunWorker, node: Node, redis: Redis, priority: int
+async def test_a_job_that_went_back_wakes_an_idle_worker(
+    run_worker: RunWorker, node5: Node, redis: Redis, prefix: str, priority: int
 ) -> None:
     """BullMQ puts no marker for a job with a priority, as those of the API are."""
-    handler = GoesBack()
-    async with run_worker([define_task(QUEUE, handler, TWO, worker_options=RARELY)]):
-        job_id = await node.add(QUEUE, {}, priority=priority)
-        await until(lambda: handler.runs)
-        await until_it_waits(redis)
-        handler.go_on.set()
-
-        async def completed() -> bool:
-            return await node.get_state(QUEUE, job_id) == "completed"
-
-        await until(completed)
+    gate, marker = Gate(WaitingError()), f"{prefix}:{QUEUE}:marker"
+    async with run_worker([define_task(QUEUE, gate, TaskOptions(concurrency=1))]):
+        await node5.add(QUEUE, {}, priority=priority)
+        await until(lambda: gate.contexts)
+        await redis.delete(marker)
+        job = gate.contexts[0].job
+        assert await job.moveToWait(job.token) == 0
+        assert await redis.zscore(marker, "0") == 0
+        gate.opened.set()
+        await until(lambda: len(gate.contexts) == 2)
 
 
 @pytest.mark.parametrize("limiter", [None, {"max": 1000, "duration": 1000}])
