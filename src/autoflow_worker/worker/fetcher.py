@@ -1,6 +1,7 @@
 """Fetching jobs: one slot at a time fetches, and an idle queue costs one blocked connection."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Collection
 from typing import Any, Final
 
@@ -144,12 +145,13 @@ class Fetcher:
 
     async def _until_work(self) -> None:
         """Wait until a fetch may find a job."""
-        limited = self._limited_until - asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time
+        limited = self._limited_until - now()
         if limited > 0:
             await self._until_stopped(asyncio.sleep(limited))
             return
-        due_at = self._delayed_until
-        while self._drained and not (self.is_stopping or self.is_quiet):
+        due_at, fetch_at = self._delayed_until, math.inf
+        while self._drained and now() < fetch_at and not (self.is_stopping or self.is_quiet):
             due_in = (due_at - now_ms()) / 1000 if due_at else None
             if due_in is not None and due_in <= 0:
                 return
@@ -157,6 +159,8 @@ class Fetcher:
             if not marked:
                 return
             due_at = min(marked, due_at or marked)
+            # A producer of delayed jobs may put one such marker after the other.
+            fetch_at = min(fetch_at, now() + MAX_BLOCK)
 
     async def _marker_before(self, due_in: float | None) -> int | None:
         """Wait for a marker, or for a delayed job that is due in so many seconds."""

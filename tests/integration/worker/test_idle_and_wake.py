@@ -16,6 +16,7 @@ from bullmq import Job, Queue
 from redis.asyncio import Redis
 
 from autoflow_worker import TaskContext, TaskDefinition, TaskOptions, define_task
+from autoflow_worker.worker import fetcher
 from tests.support.database import Database
 from tests.support.plain import blocked, clients, producer, until_idle
 from tests.support.running import RunWorker, running
@@ -206,6 +207,30 @@ async def test_a_marker_that_died_with_its_worker_is_made_good(
             transaction.delete(queue.keys["marker"])
             await transaction.execute()
         await db.until_status("unseen", "completed")
+
+
+async def test_markers_of_delayed_jobs_do_not_put_off_a_job_without_one(
+    run_worker: RunWorker,
+    redis: Redis,
+    queue: Queue,
+    db: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def add_delayed_jobs() -> None:
+        while True:
+            await queue.add("naps", {}, {"delay": 600_000})
+            await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(fetcher, "MAX_BLOCK", 0.5)
+    async with run_worker([dozy_task()]), asyncio.TaskGroup() as group:
+        await started_ms(db, await queue.add("naps", {}, {"jobId": "first"}))
+        adding = group.create_task(add_delayed_jobs())
+        async with queue.client.pipeline(transaction=True) as transaction:
+            await queue.scripts.addJob(Job(queue, "naps", {}, {"jobId": "unseen"}), transaction)
+            transaction.zrem(queue.keys["marker"], "0")
+            await transaction.execute()
+        await db.until_status("unseen", "completed")
+        adding.cancel()
 
 
 async def test_stopping_does_not_wait_for_a_delayed_job(
