@@ -147,8 +147,6 @@ class WorkerService:
     # -- open ------------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        if (limit := self._settings.worker_recycle_memory) is not None:
-            check_recycle_memory(limit)
         settings, timeout = self._settings, self._settings.worker_startup_timeout
         # Before the recorder connects, because a pooler would give its session options to others.
         await persist(self._oversight.examine_database, timeout)
@@ -185,6 +183,8 @@ class WorkerService:
             )
         await self._resources.open(timeout)
         await asyncio.gather(*(worker.open(timeout) for worker in self.workers))
+        if settings.worker_recycle_memory is not None:
+            check_recycle_memory(settings.worker_recycle_memory)
 
     # -- start -----------------------------------------------------------------------------------
 

@@ -189,9 +189,16 @@ async def test_processes_that_die_too_often_end_the_supervisor(
 async def test_a_rolling_restart_under_load(
     worker_process: WorkerStarter, api: Api, redis: Redis, prefix: str
 ) -> None:
+    """With a task list that is broken, and then with a new one."""
     worker = await two_processes(worker_process)
     before = {child.pid for child in worker.children()}
-    (worker.folder.parent / "tasks_config.py").write_text(dedent(TASKS.replace('"old"', '"new"')))
+    tasks_config = worker.folder.parent / "tasks_config.py"
+    tasks_config.write_text("tasks = [")
+    worker.send(signal.SIGHUP)
+    await worker.until_logged("rolling_restart_broken_off")
+    assert {child.pid for child in worker.children()} == before
+    await outputs(api, [await api.schedule(QUEUE)])
+    tasks_config.write_text(dedent(TASKS.replace('"old"', '"new"')))
 
     async def load() -> None:
         while not worker.logged("rolling_restart_ended"):
@@ -208,18 +215,6 @@ async def test_a_rolling_restart_under_load(
     assert not before & {child.pid for child in worker.children()}
     assert len(worker.children()) == 2
     assert worker.logged("process_died") == worker.logged("job_stalled") == []
-
-
-async def test_a_restart_that_fails_leaves_what_works(
-    worker_process: WorkerStarter, api: Api
-) -> None:
-    worker = await two_processes(worker_process)
-    before = {child.pid for child in worker.children()}
-    (worker.folder.parent / "tasks_config.py").write_text("tasks = [")
-    worker.send(signal.SIGHUP)
-    await worker.until_logged("rolling_restart_broken_off")
-    await outputs(api, [await api.schedule(QUEUE)])
-    assert {child.pid for child in worker.children()} == before
 
 
 async def test_a_process_that_has_had_its_jobs_is_replaced(
@@ -302,7 +297,7 @@ async def test_process_1_reaps_orphans(worker_process: WorkerStarter, api: Api) 
     await outputs(api, [await api.schedule(QUEUE)])
     await worker.until_logged("orphan_reaped")
     [supervisor] = worker.children()
-    assert {child.status() for child in supervisor.children()} == {psutil.STATUS_SLEEPING}
+    assert len(supervisor.children()) == 2
     supervisor.terminate()
     assert await worker.wait() == 0, worker.report()
 
