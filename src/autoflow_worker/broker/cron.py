@@ -47,7 +47,7 @@ def next_ms(after_ms: int, options: Mapping[str, Any]) -> int | None:
         hash_seed=options.get("hashSeed"),
     )
     zone = zone_of(options.get("tz"))
-    start, end = (_date_ms(options.get(name), name, zone) for name in ("startDate", "endDate"))
+    start, end = (date_ms(options.get(name), name, zone) for name in ("startDate", "endDate"))
     if options.get("immediately"):
         return now_ms()
     if start is not None and start > after_ms:
@@ -261,8 +261,15 @@ class _WallClock:
             self.repeated = self.local.hour
 
 
-def _date_ms(value: object, name: str, zone: Zone) -> int | None:
-    """Read a date of the repeat options; Node writes epoch ms, or an ISO date."""
+def date_ms(value: object, name: str, zone: Zone) -> int | None:
+    """Read a date of the repeat options; Node writes epoch ms, or an ISO date.
+
+    Args:
+        zone: whose local time a date without an offset is.
+
+    Raises:
+        ValueError: it is not a date.
+    """
     if not value:
         return None
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -1,6 +1,6 @@
 """One BullMQ queue, as a worker sees it: claim jobs, keep their locks, acknowledge them.
 
-BullMQ's Lua scripts, `Job` and `JobScheduler` are used as they are; the loop of its `Worker` is not
+BullMQ's Lua scripts and `Job` are used as they are; the loop of its `Worker` is not
 (docs/internals.md lists why). A `Worker` without a processor starts nothing: the caller decides
 when to fetch. With `fetch_next`, an acknowledgement brings the next job in the same round trip.
 """
@@ -27,6 +27,7 @@ from autoflow_worker.broker.claim import (
 from autoflow_worker.broker.client import PipelinedRedis
 from autoflow_worker.broker.job_fields import MAX_DATA, failure_fields, is_utf8, read_claim
 from autoflow_worker.broker.job_reports import JobReports
+from autoflow_worker.broker.job_schedulers import JobSchedulers
 from autoflow_worker.broker.marker import Marker
 from autoflow_worker.broker.official_worker import official_worker
 from autoflow_worker.broker.paused_lists import JOIN
@@ -43,8 +44,6 @@ OUTAGE_PAUSE_MAX: Final = 1.0
 
 # The keys of `JOIN`.
 _PAUSED_LISTS: Final = ("meta", "wait", "paused")
-# The fields of a job scheduler that say when it produces a job.
-_REPEAT: Final = ("every", "pattern", "tz", "limit", "offset", "startDate", "endDate")
 
 T = TypeVar("T")
 
@@ -61,6 +60,7 @@ class JobQueue:
     Attributes:
         lock_ms: for how long a lock is taken or renewed.
         marker: wakes a worker of an idle queue.
+        schedulers: make the next job of a job scheduler.
         reports: writes what handlers report.
 
     Raises:
@@ -95,6 +95,8 @@ class JobQueue:
         # The end of a few jobs changes other jobs. Nothing could repair these if the script broke
         # off, so it checks all of its commands.
         self._careful_finish = redis.register_script(guarded(commands["moveToFinished"].script))
+        strategy = options.get("settings", {}).get("repeatStrategy")
+        self.schedulers = JobSchedulers(self._worker, redis, strategy)
         guard(commands, redis.register_script)
         self._simple_finish = commands["moveToFinished"]
         self._claim_arguments = scripts.ClaimArguments(keys, self._worker.opts)
@@ -182,32 +184,6 @@ class JobQueue:
             pairs = iter(fields)
             fields = dict(zip(pairs, pairs, strict=True))
         return self._read_claim(fields, job_id, token, asked_at + self._lock_s)
-
-    async def advance_scheduler(self, claim: Claim) -> None:
-        """Let the job scheduler that produced this job produce its next one.
-
-        It may be called twice for a job, as BullMQ checks that the job is the scheduler's latest.
-        """
-        job, options = claim.job, claim.job.opts
-        if claim.malformed:
-            options = await self._options_of(job.repeatJobKey)
-        await self._worker.jobScheduler.upsertJobScheduler(
-            job.repeatJobKey,
-            options.get("repeat"),
-            job.name,
-            job.data,
-            options,
-            override=False,
-            producer_id=job.id,
-        )
-
-    async def _options_of(self, scheduler_id: str) -> dict[str, Any]:
-        """Return the options of a scheduler's next job, where its latest job can't be read."""
-        scheduler = await self._worker.jobScheduler.getScheduler(scheduler_id) or {}
-        repeat = {option: scheduler[option] for option in _REPEAT if option in scheduler}
-        template = scheduler.get("template", {}).get("opts")
-        options = template if isinstance(template, dict) else {}
-        return {**options, "repeat": {**repeat, "count": scheduler.get("iterationCount", 0)}}
 
     # -- locks -----------------------------------------------------------------------------------
 

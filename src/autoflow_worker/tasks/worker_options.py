@@ -45,6 +45,20 @@ def _strategy(value: Callable[..., Any]) -> Callable[..., Any]:
     return value
 
 
+def _repeat_strategy(value: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        inspect.signature(value).bind(0, {}, "a name")
+    except TypeError as error:
+        raise ValueError from error
+    return value
+
+
+def _settings(value: "AdvancedSettings") -> "AdvancedSettings":
+    if not value:
+        raise ValueError
+    return value
+
+
 @_checked
 class Limiter(TypedDict):
     """At most ``max`` jobs of the queue start in ``duration`` milliseconds, over all workers."""
@@ -70,11 +84,20 @@ class Metrics(TypedDict):
 
 
 @_checked
-class AdvancedSettings(TypedDict):
-    """``backoffStrategy(attempts_made, type, error, job)`` returns milliseconds; -1: no retry."""
+class AdvancedSettings(TypedDict, total=False):
+    """What BullMQ lets a task compute itself.
+
+    Attributes:
+        backoffStrategy: of (attempts_made, type, error, job), returns milliseconds; -1: no retry.
+        repeatStrategy: of (millis, repeat_options, job_name), returns when a job scheduler's next
+            job is due, in epoch ms, or None for no further job. It may be async.
+    """
 
     backoffStrategy: Annotated[
         Callable[[int, str, BaseException, Any], int | Awaitable[int]], AfterValidator(_strategy)
+    ]
+    repeatStrategy: Annotated[
+        Callable[[int, dict[str, Any], str], Any], AfterValidator(_repeat_strategy)
     ]
 
 
@@ -129,9 +152,11 @@ class WorkerOptions(TypedDict, total=False):
     settings: Annotated[
         AdvancedSettings,
         Field(
-            description="a dict with backoffStrategy, a function, async or not, of "
-            "(attempts_made, type, error, job)"
+            description="a dict with backoffStrategy, a function of "
+            "(attempts_made, type, error, job), or repeatStrategy, one of "
+            "(millis, repeat_options, job_name), async or not"
         ),
+        AfterValidator(_settings),
     ]
 
 

@@ -91,6 +91,7 @@ class Attempt:
 
         Raises:
             LockLostError: another worker has the job; nothing was recorded for this attempt.
+            NotAdvancedError: its job scheduler can't produce the next job; nothing was done.
             OutcomeRefusedError: PostgreSQL refuses the outcome, and the slot can't wait for it.
         """
         setup, claim = self.setup, self.claim
@@ -99,7 +100,7 @@ class Attempt:
             # This process has stood still since it asked for the job.
             await queue.make_sure_of(claim)
         if claim.scheduler:
-            await self._advance_scheduler(claim.scheduler)
+            await queue.insist(lambda: queue.schedulers.advance(claim))
         if claim.never:
             return await self._fail(UnrecoverableError(claim.never))
         try:
@@ -324,15 +325,3 @@ class Attempt:
     async def _acknowledge_failure(self, finish: Finish) -> Reply:
         send = partial(self.setup.queue.fail, self.claim, finish.value, finish.stack_trace)
         return await self.setup.acknowledger.tell(self.claim, self.history, send, lambda: finish)
-
-    async def _advance_scheduler(self, scheduler: str) -> None:
-        try:
-            await self.setup.queue.insist(lambda: self.setup.queue.advance_scheduler(self.claim))
-        except Exception as error:
-            # The job itself is sound, and runs. As with Node, only its successor is missing.
-            log.error(
-                "job_scheduler_not_advanced",
-                queue=self.setup.queue.name,
-                scheduler=scheduler,
-                reason=str(error),
-            )

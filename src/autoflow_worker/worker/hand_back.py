@@ -14,6 +14,7 @@ from autoflow_worker.broker.claim import (
     MalformedJobError,
 )
 from autoflow_worker.broker.job_queue import JobQueue
+from autoflow_worker.broker.job_schedulers import NotAdvancedError
 from autoflow_worker.clock import now_ms
 from autoflow_worker.recording import patches
 from autoflow_worker.worker.history import JobHistory
@@ -74,6 +75,26 @@ class HandBack:
             reason=reason,
         )
         until_ms = now_ms() + int(delay_s * 1000)
+        await history.run_again(until_ms)
+        await self.job(claim, until_ms)
+
+    async def unadvanced(self, claim: Claim, history: JobHistory, error: NotAdvancedError) -> None:
+        """Hand back a job whose scheduler can't produce the next one; nothing of it has run.
+
+        Node leaves such a job in `active`, until it counts as stalled. It would be the last one of
+        its scheduler, so it is kept until the scheduler is mended or removed.
+        """
+        log.error(
+            "job_scheduler_not_advanced",
+            queue=self._queue.name,
+            task_id=claim.id,
+            scheduler=claim.scheduler,
+            pattern=error.pattern,
+            reason=str(error),
+            tried_again_in_s=self._queue.lock_ms / 1000,
+            way_out="upsert the scheduler with a pattern that works, or remove it",
+        )
+        until_ms = now_ms() + self._queue.lock_ms
         await history.run_again(until_ms)
         await self.job(claim, until_ms)
 

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 
 from autoflow_worker.broker.claim import Claim, LockLostError
 from autoflow_worker.broker.job_queue import JobQueue
+from autoflow_worker.broker.job_schedulers import NotAdvancedError
 from autoflow_worker.errors import TaskBrokenError, WorkerError
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.tasks.definition import TaskDefinition
@@ -259,6 +260,8 @@ class TaskWorker:
             self._log_loss(claim, error)
         except OutcomeRefusedError as error:
             await self._hand_back.unrecorded(claim, history, str(error))
+        except NotAdvancedError as error:
+            await self._hand_back.unadvanced(claim, history, error)
         except WorkerError:
             raise
         except Exception as error:

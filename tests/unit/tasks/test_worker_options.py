@@ -35,6 +35,7 @@ async def too_short(attempts_made: int) -> int:
         {"maxStartedAttempts": 3},
         {"settings": {"backoffStrategy": strategy}},
         {"settings": {"backoffStrategy": async_strategy}},
+        {"settings": {"repeatStrategy": lambda millis, options, name: None}},
         {},
     ],
 )
@@ -85,13 +86,15 @@ def test_none_is_none() -> None:
         ({"removeOnFail": {"limit": 1}}, "not {'limit': 1}"),
         ({"removeOnFail": {"age": -1}}, "removeOnFail must be .* not {'age': -1}"),
         ({"metrics": {}}, "metrics must be a dict with maxDataPoints"),
-        ({"settings": {"backoffStrategy": 5}}, "a function, async or not"),
+        ({"settings": {"backoffStrategy": 5}}, "a dict with backoffStrategy, a function of"),
         (
             {"settings": {"backoffStrategy": lambda attempts: 0}},
             r"of \(attempts_made, type, error, job\)",
         ),
         ({"settings": {"backoffStrategy": too_short}}, r"of \(attempts_made, type, error, job\)"),
-        ({"settings": {"repeatStrategy": strategy}}, "settings must be .*'repeatStrategy'"),
+        ({"settings": {"repeatStrategy": lambda millis: 0}}, "or repeatStrategy, one of"),
+        ({"settings": {}}, "a dict with backoffStrategy"),
+        ({"settings": {"strategy": strategy}}, "settings must be .*'strategy'"),
         ("lockDuration", "must be a dict"),
     ],
 )
