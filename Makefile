@@ -25,7 +25,7 @@ NODE_INSTALLED := $(NODE_DIR)/node_modules/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo dev-worker start-worker init-db test test-matrix lint format types lock \
-	docker-build docker-run image-test bench chaos crashes parity interleavings clean
+	docker-build docker-run image-test bench chaos crashes parity upstream interleavings clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -108,6 +108,9 @@ crashes: $(INSTALLED) $(NODE_INSTALLED) ## kill 100 workers at each crash point,
 
 parity: $(INSTALLED) $(NODE_INSTALLED) ## run 160 scenarios with Node's worker and with this one, and compare
 	$(BIN)/python -m parity
+
+upstream: $(INSTALLED) ## show the faults of bullmq that are reported in docs/upstream
+	$(BIN)/python -m pytest -q tests/acceptance/test_upstream.py
 
 clean: ## remove everything that make and its tools created
 	rm -rf $(VENV) .venv-3.* $(NODE_DIR)/node_modules dist build

@@ -12,6 +12,7 @@ from bullmq.types import WorkerOptions as PythonOptions
 
 from autoflow_worker import JobHandle
 from autoflow_worker.errors import TaskListError
+from autoflow_worker.tasks import exceptions
 from autoflow_worker.tasks.worker_options import WorkerOptions, check_worker_options
 from tests.support.node import FOLDER
 from tests.support.readme import REPOSITORY
@@ -125,7 +126,7 @@ def names_of_handle() -> set[str]:
 def test_everything_that_a_bullmq_has_is_there() -> None:
     wanted = names_of_node(NODE_5) | names_of_node(NODE_6)
     wanted |= PythonOptions.__annotations__.keys() | WorkerOptions.__annotations__.keys()
-    wanted |= {f"job.{name}" for name in names_of_handle()}
+    wanted |= {f"job.{name}" for name in names_of_handle()} | set(exceptions.__all__)
     assert sorted(wanted - LINE_OF.keys()) == []
     assert len(wanted) > 130
 
