@@ -13,7 +13,11 @@ from bullmq.types import WorkerOptions as PythonOptions
 from autoflow_worker import JobHandle
 from autoflow_worker.errors import TaskListError
 from autoflow_worker.tasks import exceptions
-from autoflow_worker.tasks.worker_options import WorkerOptions, check_worker_options
+from autoflow_worker.tasks.worker_options import (
+    AdvancedSettings,
+    WorkerOptions,
+    check_worker_options,
+)
 from tests.support.node import FOLDER
 from tests.support.readme import REPOSITORY
 
@@ -158,6 +162,11 @@ def test_an_option_has_an_effect_or_is_refused_with_the_way_out(name: str) -> No
 def test_a_handler_may_use_what_is_said_to_be_here(name: str) -> None:
     here = name.removeprefix("job.") in names_of_handle()
     assert LINE_OF[name].here.startswith("yes" if here else "no: ")
+
+
+def test_the_line_on_settings_names_each_of_them() -> None:
+    for name in AdvancedSettings.__annotations__:
+        assert f"`{name}`" in LINE_OF["settings"].here
 
 
 def test_each_line_has_a_test() -> None:
