@@ -27,15 +27,16 @@ TASKS = """
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
     def handler(payload, ctx):
-        if "room" in payload:
-            leave_room_for(payload["room"])
         time.sleep(0.01)
+        return threading.current_thread().native_id
 
     async def other(payload, ctx):
+        if "room" in payload:
+            leave_room_for(payload["room"])
         return "fine"
 
     tasks = [
-        define_task("q", handler, TaskOptions(concurrency=10)),
+        define_task("q", handler, TaskOptions(concurrency=500)),
         define_task("other", other),
     ]
 """
@@ -45,18 +46,20 @@ async def test_few_threads_cost_no_job(
     worker_process: WorkerStarter, api: Api, redis: Redis, prefix: str
 ) -> None:
     worker = worker_process(TASKS)
-    await api.until_both_say(QUEUE, await api.schedule(QUEUE, {"room": 2}), "completed")
-    jobs = [Scheduled(attempts=1, opts={"removeOnComplete": 1_000}) for _ in range(200)]
+    await api.until_both_say("other", await api.schedule("other", {"room": 2}), "completed")
+    jobs = [Scheduled(attempts=1, opts={"removeOnComplete": 1_000}) for _ in range(500)]
     await api.db.insert_tasks(QUEUE, {job.task_id: {} for job in jobs})
     await api.node.schedule_all(QUEUE, jobs)
 
     async def all_ended() -> bool:
         statuses = await api.db.statuses()
-        return statuses["completed"] + statuses["failed"] == 201
+        return statuses["completed"] + statuses["failed"] == 501
 
     await until(all_ended, 50, message=worker.report)
-    assert await api.db.statuses() == Counter(completed=201)
-    assert worker.logged("attempt_broken"), "there were threads enough, so this tested nothing"
+    assert await api.db.statuses() == Counter(completed=501)
+    rows = (await api.db.rows()).values()
+    threads = {row["result"]["output"] for row in rows if row["queueName"] == QUEUE}
+    assert len(threads) < 10, "there were threads enough, so this tested nothing"
     worker.terminate()
     assert await worker.wait() == 0, worker.report()
 
@@ -65,7 +68,7 @@ async def test_no_thread_at_all_ends_the_service_and_fails_no_job(
     worker_process: WorkerStarter, api: Api, redis: Redis, prefix: str
 ) -> None:
     worker = worker_process(TASKS)
-    await api.until_both_say(QUEUE, await api.schedule(QUEUE, {"room": 0}), "completed")
+    await api.until_both_say("other", await api.schedule("other", {"room": 0}), "completed")
     ids = [await api.schedule(QUEUE, attempts=1) for _ in range(20)]
     other = await api.schedule("other")
     assert await worker.wait() == 1, worker.report()

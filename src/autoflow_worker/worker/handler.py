@@ -17,7 +17,7 @@ from autoflow_worker.process.forks import Forked, end_of_child
 from autoflow_worker.tasks.context import TaskContext
 from autoflow_worker.tasks.definition import TaskDefinition
 from autoflow_worker.worker.runner import Outcome, Runner
-from autoflow_worker.worker.threads import HandlerExitError, HandlerThreads
+from autoflow_worker.worker.threads import Call, HandlerExitError, HandlerThreads, NoThreadError
 from autoflow_worker.worker.time_limit import Ended, Wait, end
 
 log = structlog.get_logger(__name__)
@@ -103,6 +103,9 @@ class ThreadRunner(LoopRunner):
     def __init__(self, task: TaskDefinition[Any], concurrency: int) -> None:
         super().__init__(task)
         self._threads = HandlerThreads(task.queue_name, limit=concurrency)
+        self._watch = asyncio.get_running_loop().create_task(
+            self._threads.watch(), name=f"the threads of {task.queue_name}"
+        )
 
     @property
     def has_room(self) -> bool:  # type: ignore[override]
@@ -121,8 +124,8 @@ class ThreadRunner(LoopRunner):
             NoThreadError: the machine gives no thread; the handler was not called.
         """
         started = time.perf_counter()
-        handler = self._threads.run(partial(_call, self._task, payload, context))
-        handler.add_done_callback(partial(_end_of, wait.ended))
+        call = self._threads.run(partial(_call, self._task, payload, context), wait.ended)
+        handler: asyncio.Future[Any] = call.result
         error: BaseException | None = None
         try:
             error = await wait.ended
@@ -132,18 +135,31 @@ class ThreadRunner(LoopRunner):
                 handler = _start(rest, wait.ended, context)
                 error = await wait.ended
         except asyncio.CancelledError:
-            await self._give_up(handler, context)
+            await self._give_up(call, handler, context)
             if not _returned(handler) or (_rest_of(handler) is not None):
                 raise
             # Finished work is not done again.
         if error is not None:
-            await self._give_up(handler, context)
+            if self._threads.withdraw(call):
+                raise NoThreadError("no thread came free within the time limit")
+            await self._give_up(call, handler, context)
         return _outcome(handler, error, started)
 
-    async def _give_up(self, handler: asyncio.Future[Any], context: TaskContext) -> None:
-        await _unwind(handler, context)
-        if not handler.done():
-            self._threads.leave_behind(handler, context.task_id)
+    async def _give_up(
+        self, call: Call, handler: asyncio.Future[Any], context: TaskContext
+    ) -> None:
+        if not self._threads.withdraw(call):
+            await _unwind(handler, context)
+            self._threads.leave_behind(call, context.task_id)
+
+    async def close(self, timeout: float) -> None:
+        """End the threads that have nothing to run."""
+        self._threads.close()
+        self._watch.cancel()
+        await asyncio.wait({self._watch}, timeout=timeout)
+
+    def deaths(self) -> Sequence[asyncio.Task[Any]]:
+        return [self._watch]
 
 
 def runner_for(task: TaskDefinition[Any], concurrency: int) -> Runner:

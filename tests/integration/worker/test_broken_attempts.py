@@ -110,12 +110,14 @@ async def test_sync_handlers_that_hang_take_no_further_job(
         with capture_logs() as logs:
             async with run_worker([define_task(QUEUE, handler, options)]):
                 await until(lambda: "handlers_stuck" in {entry["event"] for entry in logs})
-                # Both slots had a handler, and no other job was taken.
-                assert running.total() == 2
+                # A slot may have taken its next job before the other's handler was left behind.
+                assert 2 <= running.total() <= 3
                 [stuck] = [entry for entry in logs if entry["event"] == "handlers_stuck"]
-                assert {one["task_id"] for one in stuck["handlers"]} == set(running)
-                assert all("threading.py" in one["at"] for one in stuck["handlers"])
-                assert (await db.statuses())["pending"] == 6
+                assert len(stuck["handlers"]) == 2
+                assert {one["task_id"] for one in stuck["handlers"]} <= set(running)
+                for one in stuck["handlers"]:
+                    assert any("test_broken_attempts.py" in frame for frame in one["stack"])
+                assert (await db.statuses())["pending"] >= 5
                 gate.set()
                 for task_id in ids:
                     await db.until_status(task_id, "completed", "failed", timeout=30)
