@@ -124,7 +124,12 @@ class Comparable:
     def _field(self, name: str, text: str) -> Any:
         if name == "delay" and text.isdigit():
             return _rounded(int(text))
-        return self.value(_parsed(text) if name in _JSON_FIELDS else text)
+        value = _parsed(text) if name in _JSON_FIELDS else text
+        if name == "opts" and isinstance(value, dict) and isinstance(value.get("repeat"), dict):
+            repeat = value["repeat"]
+            if "offset" in repeat:  # As that of a scheduler.
+                value = {**value, "repeat": {**repeat, "offset": "some ms"}}
+        return self.value(value)
 
     def _events(self, queue: str, events: list[dict[str, str]]) -> Json:
         """Return each job's events in their order, and the order in which jobs were picked up."""
