@@ -67,6 +67,32 @@ async def test_the_python_blocks_pass_mypy_strict(folder: Path) -> None:
     await shell(f"mypy --strict {' '.join(modules())}", folder)
 
 
+async def test_the_page_on_handlers(
+    worker_process: WorkerStarter, tmp_path: Path, redis_url: str, db: Database, prefix: str
+) -> None:
+    pages = modules((REPOSITORY / "docs" / "handlers.md").read_text())
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text)
+    await shell(f"mypy --strict {' '.join(pages)}", tmp_path)
+    env = {"REDIS_URL": redis_url, "DATABASE_URL": db.url, "BULLMQ_PREFIX": prefix}
+    payloads = {
+        "exports.py": ("accounts-export", '{"account": "a"}', 10),
+        "mails.py": ("mails-send", '{"to": "a@b.c"}', 1),
+    }
+    for name in pages:
+        queue, payload, output = payloads[name]
+        tasks = f"{name.removesuffix('.py')}:tasks"
+        worker = worker_process(None, "--tasks", tasks)
+        await worker.until_logged("worker_started")
+        schedule = f"autoflow-worker schedule --tasks {tasks} {queue} '{payload}'"
+        task_id = await shell(schedule, tmp_path, **env)
+        result = (await db.until_status(task_id, "completed")).result
+        assert result is not None
+        assert result.output == output
+        worker.terminate()
+        assert await worker.wait() == 0, worker.report()
+
+
 async def test_the_first_screen(worker_process: WorkerStarter, folder: Path) -> None:
     unset = dict.fromkeys(("REDIS_URL", "DATABASE_URL", "BULLMQ_PREFIX"))
     _, command = next(commands(block_with("autoflow-worker dev\n")))

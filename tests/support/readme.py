@@ -14,9 +14,9 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.+?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def modules() -> dict[str, str]:
+def modules(text: str = README) -> dict[str, str]:
     """The Python blocks by the file's name, which is the comment in their first line."""
-    return {block.splitlines()[0].removeprefix("# "): block for block in blocks("python")}
+    return {block.splitlines()[0].removeprefix("# "): block for block in blocks("python", text)}
 
 
 def commands(script: str) -> Iterator[list[str]]:
