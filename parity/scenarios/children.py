@@ -54,10 +54,12 @@ async def completed_with_pending_children(s: Side) -> None:
 @scenario(queues=["child"])
 async def completed_after_a_refusal(s: Side) -> None:
     child = s.child("c", {"return": 1}, queue="child", delay=HOUR)
-    await s.add("p", {"children": [child], "return": 1}, SEES, attempts=2, backoff=3000)
+    await s.add("p", {"children": [child], "return": 1}, SEES, attempts=2, backoff=HOUR)
     await s.start()
     await s.until("delayed", "p")
     await s.promote("c", queue="child")
+    await s.ended("c", queue="child")
+    await s.promote("p")
     await s.ended("p")
 
 

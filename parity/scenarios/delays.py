@@ -1,6 +1,7 @@
 """Delayed jobs: those that are added so, and those that their handlers delay."""
 
 import asyncio
+import time
 
 from parity.scenario import scenario
 from parity.side import Side
@@ -10,10 +11,11 @@ HOUR = 3_600_000
 
 @scenario()
 async def in_the_order_of_their_times(s: Side) -> None:
-    for delay in (1500, 500, 1000):
-        await s.add(f"d{delay}", delay=delay)
+    now = round(time.time() * 1000)
+    for delay in (300, 100, 200):
+        await s.add(f"d{delay}", delay=delay, timestamp=now)
     await s.start()
-    await s.ended("d500", "d1000", "d1500")
+    await s.ended("d100", "d200", "d300")
 
 
 @scenario()

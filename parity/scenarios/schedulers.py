@@ -7,6 +7,9 @@ from typing import Any
 from parity.scenario import scenario
 from parity.side import Side
 
+# An iteration that is added at its very second is not delayed.
+BY_THE_SECOND = ("q/events/repeat:*", "q/*/delay")
+
 
 @scenario(short=True)
 async def every_with_a_limit(s: Side) -> None:
@@ -24,7 +27,7 @@ async def every_until_removed(s: Side) -> None:
     s.fact("removed", await s.queue("removeJobScheduler", "s"))
 
 
-@scenario()
+@scenario(varies=BY_THE_SECOND)
 async def pattern(s: Side) -> None:
     await s.start()
     await s.schedule({"pattern": "* * * * * *", "limit": 2}, {"return": 1})
@@ -152,7 +155,7 @@ async def legacy_every(s: Side) -> None:
     await s.until_events("completed", 3)
 
 
-@scenario(versions=(5,))
+@scenario(versions=(5,), varies=BY_THE_SECOND)
 async def legacy_pattern(s: Side) -> None:
     await s.start()
     repeat = {"pattern": "* * * * * *", "limit": 2}
@@ -168,7 +171,7 @@ async def legacy_with_a_key(s: Side) -> None:
     await s.until_events("completed", 2)
 
 
-@scenario(versions=(5,))
+@scenario(versions=(5,), varies=("q/*/opts/repeat/offset",))
 async def legacy_removed(s: Side) -> None:
     await s.add(None, {"return": 1}, repeat={"every": 3_600_000, "immediately": True})
     await s.start()
