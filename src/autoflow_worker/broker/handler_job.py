@@ -45,6 +45,7 @@ def job_from(queue: Worker, fields: Mapping[str, str], job_id: str) -> "HandlerJ
     job = Job.fromJSON(queue, fields, job_id)
     # `fromJSON` always makes a plain `Job`; the two have the same attributes.
     job.__class__ = HandlerJob
+    job.processedBy = fields.get("pb")
     return cast(HandlerJob, job)
 
 
@@ -53,9 +54,11 @@ class HandlerJob(Job):  # type: ignore[misc]  # bullmq has no types
 
     Attributes:
         lock: is told of `extendLock`; None for a job that no handler has.
+        processedBy: the name of the worker that claimed it last; None if that has none.
     """
 
     lock: Locked | None = None
+    processedBy: str | None = None
     parentKey: str | None
 
     @property

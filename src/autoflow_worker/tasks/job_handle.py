@@ -87,6 +87,7 @@ class JobHandle(Protocol):
         attemptsStarted: claims of the job, this one included.
         stalledCounter: how often it was found stalled.
         processedOn: when it was claimed.
+        processedBy: the name of the worker that claimed it; None if the worker has none.
         failedReason: why its last attempt failed; None if none did.
         stacktrace: of each attempt that failed.
         parent: ``id`` and ``queueKey`` of its parent; None without one.
@@ -108,6 +109,7 @@ class JobHandle(Protocol):
     attemptsStarted: int
     stalledCounter: int
     processedOn: int
+    processedBy: str | None
     failedReason: str | None
     stacktrace: list[str]
     parent: dict[str, Any] | None
