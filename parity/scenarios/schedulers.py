@@ -147,7 +147,7 @@ async def upserted_beside_the_worker(s: Side) -> None:
     s.fact("schedulers", await s.queue("getJobSchedulersCount"))
 
 
-@scenario(versions=(5,))
+@scenario(versions=(5,), varies=BY_THE_SECOND)
 async def legacy_every(s: Side) -> None:
     """`add(..., {repeat})`: each iteration has the data."""
     await s.start()
@@ -163,7 +163,7 @@ async def legacy_pattern(s: Side) -> None:
     await s.until_events("completed", 2)
 
 
-@scenario(versions=(5,))
+@scenario(versions=(5,), varies=BY_THE_SECOND)
 async def legacy_with_a_key(s: Side) -> None:
     await s.start()
     repeat = {"every": 1000, "limit": 2, "key": "mine"}

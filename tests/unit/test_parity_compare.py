@@ -2,6 +2,7 @@
 
 import pytest
 
+import parity.scenarios  # noqa: F401 - its modules enter their scenarios into ALL
 from parity.compare import Named, differences, named_differences
 from parity.scenario import ALL, Scenario
 from parity.side import Side
