@@ -82,7 +82,7 @@ def cli() -> None:
     "--until-idle",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="End with exit code 0 when no task had a job for so long.",
+    help="End with exit code 0 when no task had a job for so long. A delayed job counts when due.",
 )
 @click.option(
     "--processes",
