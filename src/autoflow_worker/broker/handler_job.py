@@ -45,7 +45,8 @@ def job_from(queue: Worker, fields: Mapping[str, str], job_id: str) -> "HandlerJ
     job = Job.fromJSON(queue, fields, job_id)
     # `fromJSON` always makes a plain `Job`; the two have the same attributes.
     job.__class__ = HandlerJob
-    job.processedBy = fields.get("pb")
+    if "pb" in fields:
+        job.processedBy = fields["pb"]
     return cast(HandlerJob, job)
 
 

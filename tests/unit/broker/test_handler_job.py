@@ -44,6 +44,11 @@ def test_a_method_takes_what_the_handle_says(name: str) -> None:
     assert [p.default is p.empty for p in taken] == [p.default is p.empty for p in promised]
 
 
+async def test_the_worker_that_claimed_it_has_its_name_there(job: HandlerJob) -> None:
+    assert job.processedBy is None
+    assert job_from(job.queue, {"name": "mail", "pb": "mail-1"}, "j2").processedBy == "mail-1"
+
+
 async def test_a_job_that_is_made_by_itself_has_the_same_attributes(job: HandlerJob) -> None:
     alone = HandlerJob(job.queue, "mail", {}, {}, "j1")
     assert vars(alone).keys() == vars(job).keys()
