@@ -14,7 +14,7 @@ from autoflow_worker.process.supervised import Report, Supervision
 from autoflow_worker.recording.cancelled_rows import CancelledRows
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.settings import Settings
-from autoflow_worker.tasks.definition import TaskDefinition
+from autoflow_worker.tasks.definition import Lifespan, TaskDefinition
 from autoflow_worker.worker.cancellation import keep_cancelling
 from autoflow_worker.worker.lifetime import (
     check_recycle_memory,
@@ -76,7 +76,7 @@ class WorkerService:
         self.recorder: StatusRecorder | None = None
         self.workers: list[TaskWorker] = []
         self._overseers: list[asyncio.Task[None]] = []
-        self._resources = Resources(task.lifespan for task in tasks)
+        self._resources = Resources(map(_own_lifespan, tasks))
         self._leave_by = 0.0
         self._parts: list[Part] = []
         self._failure: WorkerError | None = None
@@ -179,6 +179,7 @@ class WorkerService:
                     self.recorder,
                     concurrency=task.options.concurrency or settings.worker_concurrency,
                     record_unknown_jobs=settings.record_unknown_jobs,
+                    tasks_config=settings.tasks_config,
                 )
             )
         await self._resources.open(timeout)
@@ -193,7 +194,7 @@ class WorkerService:
         assert self.recorder is not None
         for worker in self.workers:
             worker.set_quiet(self._is_quiet)
-            worker.start(self._resources.of(worker.task.lifespan))
+            worker.start(self._resources.of(_own_lifespan(worker.task)))
         self._overseers = [
             asyncio.create_task(oversee(refusals, examine))
             for refusals, examine in (
@@ -336,6 +337,11 @@ class WorkerService:
         if self._redis is not None:
             await self._redis.aclose()
         log.info("worker_stopped")
+
+
+def _own_lifespan(task: TaskDefinition[Any]) -> Lifespan[Any] | None:
+    """Return the lifespan that this process enters; each process of handlers enters its own."""
+    return task.lifespan if task.options.run_in is None else None
 
 
 def _name_of(part: Part) -> str:

@@ -53,10 +53,20 @@ class JobReports:
 
 
 def last_progress(claim: Claim) -> Any:
-    """Return what an earlier attempt reported last; None if there is nothing, or nothing legible.
+    """Return what an earlier attempt reported last; see `read_progress`."""
+    return read_progress(progress_text(claim))
+
+
+def progress_text(claim: Claim) -> str:
+    """Return the job's progress as BullMQ keeps it, which should be JSON."""
+    return claim.fields.get("progress", "0")
+
+
+def read_progress(text: str) -> Any:
+    """Return a job's progress from its text; None if there is nothing, or nothing legible.
 
     BullMQ's number 0, which a job has before any report, is nothing.
     """
     with suppress(ValueError, RecursionError):
-        return json.loads(claim.fields.get("progress", "0")) or None
+        return json.loads(text) or None
     return None

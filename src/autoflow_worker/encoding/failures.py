@@ -34,6 +34,16 @@ _CONTEXT = "\nDuring handling of the above exception, another exception occurred
 
 T = TypeVar("T")
 
+
+class DescribedError(Exception):
+    """An exception of another process, described there by `reason_of` and `stack_trace_of`."""
+
+    def __init__(self, reason: str, stack_trace: str) -> None:
+        Exception.__init__(self, reason)  # A class that is both has another `__init__`.
+        self.reason = reason
+        self.stack_trace = stack_trace
+
+
 # The interpreter's own fields. A subclass may hide them behind properties that raise.
 _cause_of, _context_of, _hides_context, _traceback_of = (
     vars(BaseException)[name].__get__

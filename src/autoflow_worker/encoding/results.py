@@ -27,6 +27,7 @@ the limits in `cleaner`. A result is stored whole or not at all.
 """
 
 import json
+from dataclasses import dataclass
 
 import orjson
 
@@ -43,6 +44,18 @@ from autoflow_worker.encoding.cleaner import (
     Refusal,
 )
 from autoflow_worker.errors import NotStorableError
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedValue:
+    """A value that another process made storable and encoded.
+
+    Attributes:
+        text: the JSON that `encoded` returned there; its size is at most `cleaner.MAX_SIZE`.
+    """
+
+    text: str
+
 
 _LEAVES = frozenset({int, bool, type(None)})
 
@@ -64,8 +77,17 @@ def fragment(value: object) -> orjson.Fragment:
     Raises:
         NotStorableError: the value can't be stored; the message says where and why.
     """
+    return orjson.Fragment(value.text if type(value) is EncodedValue else encoded(value))
+
+
+def encoded(value: object) -> bytes:
+    """Return the value as JSON text.
+
+    Raises:
+        NotStorableError: the value can't be stored; the message says where and why.
+    """
     raw = _encode_plain(value)
-    return orjson.Fragment(_clean(value)[1] if raw is None else raw)
+    return _clean(value)[1].encode() if raw is None else raw
 
 
 def dump(value: object) -> str:

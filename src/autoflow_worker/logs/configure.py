@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 import orjson
 import structlog
@@ -43,23 +43,37 @@ _QUOTED = frozenset(" =\"'")
 _SECRET_LENGTH = 4_096
 
 
+class LineWriter(Protocol):
+    """Writes lines; structlog calls the method that is named after a line's level."""
+
+    def msg(self, line: str) -> None: ...
+    def flush(self, timeout: float) -> bool: ...
+
+
 class _Configured:
     """What the last ``configure_logging`` made."""
 
-    writer: LogWriter | None = None
+    level: LogLevel = "info"
+    writer: LineWriter | None = None
+    relay: "_StandardHandler | None" = None
     make_logger: Callable[..., FilteringBoundLogger] = staticmethod(structlog.get_logger)
 
 
 def configure_logging(
-    level: LogLevel = "info", fmt: LogFormat = "console", stream: IO[str] | None = None
+    level: LogLevel = "info",
+    fmt: LogFormat = "console",
+    stream: IO[str] | None = None,
+    *,
+    writer: LineWriter | None = None,
 ) -> None:
     """Set up structlog, and make the standard library's logging write the same lines.
 
-    Lines of the level and of higher ones go to the stream, which is stdout if not given.
+    Lines of the level and of higher ones go to the writer. If there is none, they go to the stream,
+    which is stdout if not given.
     """
     flush_logs()
     stream = sys.stdout if stream is None else stream
-    writer = LogWriter(stream)
+    writer = LogWriter(stream) if writer is None else writer
     # No copy of the event, no call-site lookup, no filtering by processor: each slows every line.
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -76,12 +90,13 @@ def configure_logging(
         logger_factory=lambda *_: writer,
         cache_logger_on_first_use=True,
     )
-    _Configured.writer = writer
+    _Configured.level, _Configured.writer = level, writer
+    _Configured.relay = _StandardHandler(processors, writer)
     _Configured.make_logger = staticmethod(
         lambda **context: bound_logger(writer, processors=processors, context=context)
     )
     root = logging.getLogger()
-    root.handlers = [_StandardHandler(processors, writer)]
+    root.handlers = [_Configured.relay]
     root.setLevel(_LEVELS[level])
     logging.captureWarnings(True)
 
@@ -90,6 +105,21 @@ def job_logger(**context: Any) -> FilteringBoundLogger:
     """Return a logger that is bound to the context; each job that logs makes one."""
     # structlog.get_logger().bind() takes longer: it copies the context, reads the configuration.
     return _Configured.make_logger(**context)
+
+
+def log_level() -> LogLevel:
+    """Return the lowest level of which lines are written."""
+    return _Configured.level
+
+
+def relay_line(line: dict[str, Any]) -> None:
+    """Write a line that another process logged at the same level, with its `event` and `level`."""
+    level = line.pop("level", None)
+    level = level if level in _LEVELS else "info"
+    if _Configured.relay is None:
+        structlog.get_logger().log(_LEVELS[level], str(line.pop("event", "")), line=line)
+    elif _LEVELS[level] >= _LEVELS[_Configured.level]:
+        _Configured.relay.write(level, {"event": "", **line})
 
 
 @atexit.register
@@ -202,7 +232,7 @@ def _cut(text: str | float | None) -> str | float | None:
 class _StandardHandler(logging.Handler):
     """Turns a library's log records into lines of the same form."""
 
-    def __init__(self, processors: list[Processor], writer: LogWriter) -> None:
+    def __init__(self, processors: list[Processor], writer: LineWriter) -> None:
         super().__init__()
         self._processors = processors
         self._writer = writer
@@ -217,8 +247,12 @@ class _StandardHandler(logging.Handler):
         if record.exc_info:
             line["exc_info"] = record.exc_info
         try:
-            for process in self._processors:
-                line = process(self._writer, level, line)
-            self._writer.msg(line)
+            self.write(level, line)
         except Exception:
             self.handleError(record)
+
+    def write(self, level: str, line: Any) -> None:
+        """Render a line, and write it."""
+        for process in self._processors:
+            line = process(self._writer, level, line)
+        self._writer.msg(line)

@@ -39,6 +39,11 @@ def run_to_its_end(main: Coroutine[Any, Any, T], on_escape: Callable[[BaseExcept
             on_escape(error)
 
 
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Return a new event loop, uvloop's where it is installed."""
+    return (_loop_factory() or asyncio.new_event_loop)()
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop  # noqa: PLC0415 - not available on Windows

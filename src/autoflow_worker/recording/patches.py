@@ -15,7 +15,13 @@ from typing import Any, cast
 
 from autoflow_worker.clock import now_ms
 from autoflow_worker.encoding.cleaner import clean_text
-from autoflow_worker.encoding.failures import reason_of, shorten_reason, stack_trace_of
+from autoflow_worker.encoding.failures import (
+    DescribedError,
+    reason_of,
+    shorten_reason,
+    shorten_stack_trace,
+    stack_trace_of,
+)
 from autoflow_worker.encoding.results import dump, fragment, storable
 from autoflow_worker.errors import NotStorableError
 
@@ -121,6 +127,11 @@ def error_record(failure: BaseException | str, now_ms: float) -> Record:
     """
     if isinstance(failure, str):
         about = {"reason": shorten_reason(failure)}
+    elif isinstance(failure, DescribedError):
+        about = {
+            "reason": shorten_reason(failure.reason),
+            "stackTrace": shorten_stack_trace(failure.stack_trace),
+        }
     else:
         about = {"reason": reason_of(failure), "stackTrace": stack_trace_of(failure)}
     return {"success": False, **about, "lastAttemptAt": iso(now_ms)}

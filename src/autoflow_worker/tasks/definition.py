@@ -47,6 +47,12 @@ class TaskOptions:
         backoff_ms: milliseconds before the first retry, doubled before each further one.
         timeout_ms: time limit of one attempt in milliseconds; ``None``: no limit.
         concurrency: jobs of this task at once in one process; ``None``: WORKER_CONCURRENCY.
+        run_in: ``"process"`` runs the handler in processes of its own, one for each job at once,
+            for work that needs the CPU or may crash. They import the task list by its name.
+            ``None``: an ``async def`` runs in the event loop, a ``def`` in a thread.
+        recycle_after_jobs: jobs after which a fresh process takes the place; ``None``: no limit.
+        recycle_above_mb: memory in MB above which a process is replaced after its job; ``None``:
+            no limit.
     """
 
     priority: Priority = "normal"
@@ -54,6 +60,9 @@ class TaskOptions:
     backoff_ms: int = 1000
     timeout_ms: int | None = 30_000
     concurrency: int | None = None
+    run_in: Literal["process"] | None = None
+    recycle_after_jobs: int | None = None
+    recycle_above_mb: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -275,6 +284,15 @@ def _check_options(queue_name: str, options: object) -> None:
         _check_whole(queue_name, "timeout_ms", options.timeout_ms, 1, MAX_MS, besides="None or ")
     if options.concurrency is not None:
         _check_whole(queue_name, "concurrency", options.concurrency, 1, MAX_CONCURRENCY)
+    if options.run_in not in (None, "process"):
+        raise TaskListError(
+            f"task {queue_name!r}: run_in must be 'process' or None, not {options.run_in!r}"
+        )
+    for name in ("recycle_after_jobs", "recycle_above_mb"):
+        if (value := getattr(options, name)) is not None:
+            if options.run_in is None:
+                raise TaskListError(f"task {queue_name!r}: {name} needs run_in='process'")
+            _check_whole(queue_name, name, value, 1, MAX_MS, besides="None or ")
 
 
 def _check_whole(

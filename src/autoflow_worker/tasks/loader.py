@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Collection
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from textwrap import indent
@@ -51,6 +52,25 @@ def load_tasks(target: str, queues: Collection[str] | None = None) -> list[TaskD
             f"there are {', '.join(map(repr, sorted(known)))}"
         )
     return [task for task in tasks if task.queue_name in queues]
+
+
+def check_importable(target: str, task: TaskDefinition[Any]) -> None:
+    """Check that another process finds this very task by importing the task list.
+
+    Raises:
+        TaskListError: it would not.
+    """
+    module_name, _, attribute = target.partition(":")
+    listed: Any = None
+    if module_name != "__main__":
+        with suppress(KeyError, AttributeError):
+            listed = attrgetter(attribute)(sys.modules[module_name])
+    if not isinstance(listed, list | tuple) or not any(each is task for each in listed):
+        raise TaskListError(
+            f"task {task.queue_name!r}: run_in='process' imports the task list {target!r} in "
+            "another process, and this task is not in it; put the task into a list in a module, "
+            "and name that with --tasks or TASKS_CONFIG"
+        )
 
 
 def _import(target: str, module_name: str) -> Any:

@@ -16,7 +16,7 @@ from autoflow_worker.logs.attempt_fields import running_attempt
 from autoflow_worker.process.forks import Forked, end_of_child
 from autoflow_worker.tasks.context import TaskContext
 from autoflow_worker.tasks.definition import TaskDefinition
-from autoflow_worker.worker.runner import Outcome, Runner
+from autoflow_worker.worker.runner import Outcome
 from autoflow_worker.worker.threads import Call, HandlerExitError, HandlerThreads, NoThreadError
 from autoflow_worker.worker.time_limit import Ended, Wait, end
 
@@ -63,7 +63,7 @@ class LoopRunner:
         if task.around is None and task.around_async is None:
             call = cast(Coroutine[Any, Any, Any], task.handler(payload, context))
         else:
-            call = _call_within(task, payload, context)
+            call = call_within(task, payload, context)
         handler = _start(call, wait.ended, context)
         error: BaseException | None = None
         try:
@@ -124,7 +124,7 @@ class ThreadRunner(LoopRunner):
             NoThreadError: the machine gives no thread; the handler was not called.
         """
         started = time.perf_counter()
-        call = self._threads.run(partial(_call, self._task, payload, context), wait.ended)
+        call = self._threads.run(partial(call_plain, self._task, payload, context), wait.ended)
         handler: asyncio.Future[Any] = call.result
         error: BaseException | None = None
         try:
@@ -162,11 +162,6 @@ class ThreadRunner(LoopRunner):
         return [self._watch]
 
 
-def runner_for(task: TaskDefinition[Any], concurrency: int) -> Runner:
-    """Return the way in which a task runs its handler."""
-    return LoopRunner(task) if task.is_async else ThreadRunner(task, concurrency)
-
-
 def _returned(handler: asyncio.Future[Any]) -> bool:
     return handler.done() and not handler.cancelled() and handler.exception() is None
 
@@ -187,7 +182,7 @@ def task_name(queue_name: str, task_id: str) -> str:
     return f"job {task_id} of {queue_name}"
 
 
-def _call(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> object:
+def call_plain(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> object:
     """Call a sync handler, in its thread."""
     running_attempt.set(context)
     if task.around is None:
@@ -196,7 +191,7 @@ def _call(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> obje
         return task.handler(payload, context)
 
 
-async def _call_within(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> Any:
+async def call_within(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> Any:
     """Call an async handler inside of its task's context managers."""
     async with AsyncExitStack() as stack:
         if task.around is not None:

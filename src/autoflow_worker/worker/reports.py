@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 from autoflow_worker.broker.claim import Claim
 from autoflow_worker.broker.job_reports import JobReports
 from autoflow_worker.encoding.cleaner import clean_text
-from autoflow_worker.encoding.results import dump, storable
+from autoflow_worker.encoding.results import dump, fragment
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +42,7 @@ class Reports:
         Raises:
             NotStorableError: the value can't be stored as JSON.
         """
-        self._progress = dump(storable(value))
+        self._progress = dump(fragment(value))
         self._wake()
 
     def log(self, line: str) -> None:

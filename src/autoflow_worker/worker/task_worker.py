@@ -26,9 +26,10 @@ from autoflow_worker.worker.attempt import Attempt, TaskSetup
 from autoflow_worker.worker.breakages import MAX_BREAKAGES, Breakages
 from autoflow_worker.worker.fetcher import Fetcher
 from autoflow_worker.worker.hand_back import HandBack
-from autoflow_worker.worker.handler import UNWIND_PATIENCE, runner_for
+from autoflow_worker.worker.handler import UNWIND_PATIENCE
 from autoflow_worker.worker.history import JobHistory, OutcomeRefusedError
 from autoflow_worker.worker.maintenance import Maintenance
+from autoflow_worker.worker.runners import runner_for
 from autoflow_worker.worker.running_jobs import running_jobs
 from autoflow_worker.worker.threads import NoThreadError
 from autoflow_worker.worker.time_limit import TimeLimit
@@ -55,6 +56,10 @@ class TaskWorker:
         queue: the task's; opened by the caller, and closed with the shared Redis client.
         concurrency: slots.
         record_unknown_jobs: whether a job without a row gets one (contract, section 4).
+        tasks_config: the name by which the handlers' processes import the task list.
+
+    Raises:
+        TaskListError: the task runs in processes, which would not find it by that name.
 
     Attributes:
         jobs_taken: how many jobs its slots have had.
@@ -68,6 +73,7 @@ class TaskWorker:
         *,
         concurrency: int,
         record_unknown_jobs: bool = True,
+        tasks_config: str = "",
     ) -> None:
         self.task = task
         self._queue = queue
@@ -80,7 +86,8 @@ class TaskWorker:
         # The other slots go on working, whatever rows PostgreSQL refuses.
         self._held_outcomes = asyncio.Semaphore(concurrency // 2)
         self._closed = False
-        self._runner = runner_for(task, concurrency)
+        limit = TimeLimit(task.options.timeout_ms)
+        self._runner = runner_for(task, concurrency, limit, tasks_config)
         self._breakages = Breakages()
         self._fetcher = Fetcher(
             queue,
@@ -97,7 +104,7 @@ class TaskWorker:
             queue,
             self._fetcher,
             self._acknowledger,
-            TimeLimit(task.options.timeout_ms),
+            limit,
             self._runner,
             asyncio.get_running_loop(),
         )

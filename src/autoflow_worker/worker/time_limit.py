@@ -47,10 +47,20 @@ class TimeLimit:
         if self._timeout_ms is None:
             return Wait(ended, math.inf)
         wait = Wait(ended, loop.time() + self._timeout_ms / 1000)
+        self._add(wait, loop)
+        return wait
+
+    def restart(self, wait: Wait) -> None:
+        """Start the time of an attempt anew, which was removed."""
+        if self._timeout_ms is not None:
+            loop = asyncio.get_running_loop()
+            wait.deadline = loop.time() + self._timeout_ms / 1000
+            self._add(wait, loop)
+
+    def _add(self, wait: Wait, loop: asyncio.AbstractEventLoop) -> None:
         self._waits[wait] = None
         if self._timer is None:
             self._timer = loop.call_at(wait.deadline, self._expire)
-        return wait
 
     def remove(self, wait: Wait) -> None:
         """Stop the time of an attempt that has ended."""

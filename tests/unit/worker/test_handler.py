@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from autoflow_worker import TaskContext, TaskOptions, define_task
-from autoflow_worker.worker.handler import HandlerCancelledError, runner_for
+from autoflow_worker.worker.handler import HandlerCancelledError
 from autoflow_worker.worker.runner import Outcome
+from autoflow_worker.worker.runners import runner_for
 from autoflow_worker.worker.threads import HandlerExitError
 from autoflow_worker.worker.time_limit import TimeLimit, TimeLimitError
 
@@ -29,13 +30,15 @@ async def run(handler: Handler, timeout_ms: int | None = None) -> Outcome:
     task = define_task("q", handler, TaskOptions(timeout_ms=timeout_ms))
     assert not task.is_async
     context = TaskContext(task_id="t", correlation_id="c", queue_name="q")
-    return await runner_for(task, 1).run({"n": 1}, context, TimeLimit(timeout_ms).start())
+    limit = TimeLimit(timeout_ms)
+    return await runner_for(task, 1, limit, "").run({"n": 1}, context, limit.start())
 
 
 async def run_async(handler: AsyncHandler) -> Outcome:
     task = define_task("q", handler, TaskOptions(timeout_ms=None))
     context = TaskContext(task_id="t", correlation_id="c", queue_name="q")
-    return await runner_for(task, 1).run({"n": 1}, context, TimeLimit(None).start())
+    limit = TimeLimit(None)
+    return await runner_for(task, 1, limit, "").run({"n": 1}, context, limit.start())
 
 
 async def test_what_it_returns_is_awaited_on_the_loop() -> None:

@@ -1,0 +1,27 @@
+"""Chooses a task's way to run its handler."""
+
+from typing import Any
+
+from autoflow_worker.tasks.definition import TaskDefinition
+from autoflow_worker.worker.handler import LoopRunner, ThreadRunner
+from autoflow_worker.worker.processes import ProcessRunner
+from autoflow_worker.worker.runner import Runner
+from autoflow_worker.worker.time_limit import TimeLimit
+
+
+def runner_for(
+    task: TaskDefinition[Any], concurrency: int, limit: TimeLimit, tasks_config: str
+) -> Runner:
+    """Return the way in which a task runs its handler.
+
+    Args:
+        concurrency: the task's slots.
+        limit: the time limit of the task's attempts.
+        tasks_config: the name by which another process imports the task list.
+
+    Raises:
+        TaskListError: another process can't find the task by that name, and has to.
+    """
+    if task.options.run_in == "process":
+        return ProcessRunner(task, tasks_config, concurrency, limit)
+    return LoopRunner(task) if task.is_async else ThreadRunner(task, concurrency)
