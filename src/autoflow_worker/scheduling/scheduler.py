@@ -1,32 +1,23 @@
 """Schedule tasks from Python: a row and its job, as the API makes them (contract, section 5)."""
 
 import asyncio
-import secrets
 from collections.abc import Mapping
 from typing import Any, Final, Self, TypeVar
-from uuid import uuid4
 
 import structlog
-from pydantic_core import to_jsonable_python
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from autoflow_worker.broker.backoff import MAX_DELAY_MS
 from autoflow_worker.broker.client import PipelinedRedis
-from autoflow_worker.broker.producer import KEPT_COMPLETED, KEPT_FAILED, Producer
+from autoflow_worker.broker.producer import Producer
 from autoflow_worker.broker.replies import CommandRefusedError
 from autoflow_worker.clock import now_ms
-from autoflow_worker.encoding.results import storable
-from autoflow_worker.errors import (
-    PayloadError,
-    RedisUnavailableError,
-    RedisUnfitError,
-    WorkerError,
-)
+from autoflow_worker.errors import RedisUnavailableError, RedisUnfitError, WorkerError
 from autoflow_worker.pauses import Pauses
 from autoflow_worker.recording import patches
 from autoflow_worker.recording.new_rows import PATIENCE, RETRY_PAUSE, RETRY_PAUSE_MAX, NewRows
+from autoflow_worker.scheduling.jobs import job_data, job_options
 from autoflow_worker.settings import check_urls
-from autoflow_worker.tasks.definition import CORRELATION_ID, PRIORITIES, TaskDefinition
+from autoflow_worker.tasks.definition import TaskDefinition
 
 log = structlog.get_logger(__name__)
 
@@ -124,11 +115,11 @@ class TaskScheduler:
         """
         if self._redis is None:
             raise WorkerError("the scheduler is not open")
-        delay_ms = delay_ms or 0
-        if not 0 <= delay_ms <= MAX_DELAY_MS:
-            raise WorkerError(f"delay_ms must be from 0 to {MAX_DELAY_MS}, not {delay_ms}")
-        data = _job_data(task, payload, correlation_id)
-        job = self._job(task, data, delay_ms)
+        options = job_options(task, delay_ms)
+        data = job_data(task, payload, correlation_id)
+        task.parse_payload(data)
+        assert self._producer is not None
+        job = self._producer.job(task.queue_name, data, options)
         begun = asyncio.create_task(self._schedule(job, _row(task, job, user_id)))
         self._begun.add(begun)
         begun.add_done_callback(self._end)
@@ -139,19 +130,6 @@ class TaskScheduler:
         self._begun.discard(begun)
         if not begun.cancelled():
             begun.exception()  # Mark it as retrieved: the caller may have been cancelled.
-
-    def _job(self, task: TaskDefinition[Any], data: dict[str, Any], delay_ms: int) -> Any:
-        options: dict[str, Any] = {
-            "jobId": secrets.token_urlsafe(16)[:21],  # The alphabet and length of the API's nanoid.
-            "priority": PRIORITIES[task.options.priority],
-            "attempts": task.options.max_attempts,
-            "backoff": {"type": "exponential", "delay": task.options.backoff_ms},
-            "delay": delay_ms,
-            "removeOnComplete": KEPT_COMPLETED,
-            "removeOnFail": KEPT_FAILED,
-        }
-        assert self._producer is not None
-        return self._producer.job(task.queue_name, data, options)
 
     async def _schedule(self, job: Any, row: patches.Record) -> None:
         await self._reach_redis()
@@ -218,25 +196,6 @@ class TaskScheduler:
             await self._rows.merge_unless_started(job.id, patch)
         except WorkerError as failure:
             log.error("row_left_behind", task_id=job.id, reason=str(failure))
-
-
-def _job_data(
-    task: TaskDefinition[Any], payload: object, correlation_id: str | None
-) -> dict[str, Any]:
-    """Return the data that a job of this payload has; raises PayloadError."""
-    try:
-        # By alias and without computed fields, as the worker validates it.
-        data = storable(to_jsonable_python(payload, by_alias=True, round_trip=True))
-    except Exception as error:
-        reason = f"payload can't be written as JSON: {error}"
-        raise PayloadError(reason) from error
-    if not isinstance(data, dict):
-        raise PayloadError(f"payload is no JSON object, but a {type(payload).__name__}")
-    if CORRELATION_ID in data and not task.takes_correlation_id:
-        raise PayloadError("correlationId is no field of the payload: pass correlation_id=")
-    data[CORRELATION_ID] = correlation_id or data.get(CORRELATION_ID) or str(uuid4())
-    task.parse_payload(data)
-    return data
 
 
 def _row(task: TaskDefinition[Any], job: Any, user_id: str | None) -> patches.Record:

@@ -13,8 +13,7 @@ from uuid import uuid4
 
 import structlog
 
-from autoflow_worker.broker.backoff import NoBackoffError, backoff_ms
-from autoflow_worker.broker.claim import ChildFailedError, ChildrenLeftError, Claim, Reply
+from autoflow_worker.broker.claim import ChildrenLeftError, Claim, Reply
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.broker.job_reports import last_progress
 from autoflow_worker.broker.rate_limit import give_back
@@ -39,6 +38,7 @@ from autoflow_worker.worker.acknowledge import Acknowledger, Finish
 from autoflow_worker.worker.fetcher import Fetcher
 from autoflow_worker.worker.history import JobHistory
 from autoflow_worker.worker.reports import Reports
+from autoflow_worker.worker.retries import is_final, next_delay
 from autoflow_worker.worker.returned import ReportedFailureError, output_of
 from autoflow_worker.worker.runner import Outcome, Runner
 from autoflow_worker.worker.time_limit import TimeLimit, Wait, end
@@ -262,28 +262,17 @@ class Attempt:
 
     async def _next_delay(self, error: BaseException) -> tuple[int | None, str | None]:
         """Return the ms until the next attempt, or None, and why there is none if not obvious."""
-        never = (UnrecoverableError, PayloadError, NotStorableError, ChildFailedError)
         claim = self.claim
-        if isinstance(error, never) or claim.attempt >= claim.max_attempts or claim.job.discarded:
+        if is_final(error, claim.attempt, claim.max_attempts) or claim.job.discarded:
             return None, None
         settings = self.setup.task.worker_options.get("settings", {})
-        try:
-            delay_ms = await backoff_ms(
-                claim.job.opts.get("backoff"),
-                claim.attempt,
-                error=error,
-                job=claim.job,
-                strategy=settings.get("backoffStrategy"),
-            )
-        except NoBackoffError as reason:
-            return None, str(reason)
-        except BaseException as reason:
-            slot = asyncio.current_task()
-            if isinstance(reason, asyncio.CancelledError) and slot and slot.cancelling():
-                raise
-            # A strategy is a task author's code: it may raise `SystemExit`, and costs its job only.
-            return None, f"the backoff strategy raised {type(reason).__name__}"
-        return delay_ms, None
+        return await next_delay(
+            error,
+            claim.job.opts.get("backoff"),
+            claim.attempt,
+            job=claim.job,
+            strategy=settings.get("backoffStrategy"),
+        )
 
     async def _moved(self, error: BaseException) -> Reply:
         """Record where the handler says that it moved its own job."""
