@@ -306,10 +306,15 @@ class Attempt:
         if isinstance(error, RateLimited):
             job, rest_ms = self.claim.job_of_handler(), error.rest_ms
             await self.setup.queue.insist(lambda: job.rateLimit(rest_ms))
+            # Before the job goes back: its marker wakes another slot of this task.
+            self.setup.fetcher.rest(rest_ms / 1000)
         if await self.history.finish(patches.handed_back_patch()) is Verdict.CANCELLED:
             return await self._acknowledge_failure(_CANCELLED)
         send = partial(give_back, self.claim)
-        return await self.setup.acknowledger.tell(self.claim, self.history, send)
+        reply = await self.setup.acknowledger.tell(self.claim, self.history, send)
+        if reply.limited_ms:
+            self.setup.fetcher.rest(reply.limited_ms / 1000)
+        return reply
 
     async def _acknowledge_failure(self, finish: Finish) -> Reply:
         send = partial(self.setup.queue.fail, self.claim, finish.value, finish.stack_trace)

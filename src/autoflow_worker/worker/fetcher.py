@@ -32,6 +32,7 @@ class Fetcher:
         drain_delay: seconds, BullMQ's `drainDelay`: a job without a marker waits no longer.
         limit_delay: seconds, BullMQ's `maximumRateLimitDelay`: a rate limited queue is asked this
             often for delayed jobs that are due, and whether the limit still holds.
+        has_limiter: whether Redis tells this worker of a rate limit that a handler has set.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class Fetcher:
         *,
         drain_delay: float,
         limit_delay: float,
+        has_limiter: bool,
     ) -> None:
         self._queue = queue
         self._running = running
         self._drain_delay = drain_delay
         self._limit_delay = limit_delay
+        self._has_limiter = has_limiter
         self._runner = runner
         self._breakages = breakages
         self._stop = asyncio.Event()
@@ -59,6 +62,7 @@ class Fetcher:
         self._drained = False
         self._delayed_until = 0
         self._limited_until = 0.0
+        self._rests_until = 0.0
 
     def stop(self) -> None:
         """Fetch nothing more. May be called twice."""
@@ -93,7 +97,24 @@ class Fetcher:
             self._runner.has_room
             and self._awake.is_set()
             and not (self._breakages.in_a_row or self._stop.is_set())
+            and not (self._rests_until and self._limited_for > 0)
         )
+
+    def rest(self, seconds: float) -> None:
+        """Fetch nothing for so long, because a handler has let the queue rest.
+
+        If Redis tells of the limit, it is asked after `limit_delay` whether the limit still holds.
+        """
+        if self._has_limiter:
+            seconds = min(seconds, self._limit_delay)
+        self._rests_until = asyncio.get_running_loop().time() + seconds
+        self._wake.set()
+
+    @property
+    def _limited_for(self) -> float:
+        """The seconds for which nothing is fetched because of a rate limit."""
+        until = max(self._limited_until, self._rests_until)
+        return until - asyncio.get_running_loop().time()
 
     async def next(self, owner: str) -> Claim | None:
         """Wait for a job and claim it; None when stopping.
@@ -118,6 +139,8 @@ class Fetcher:
                         if self.is_quiet:
                             await self._until_awake()
                             continue
+                        if self._rests_until and self._limited_for > 0:
+                            continue  # A handler has let the queue rest meanwhile.
                         if not self._queue.is_connected:
                             await self._until_stopped(self._queue.connected())
                             continue
@@ -146,12 +169,14 @@ class Fetcher:
     async def _until_work(self) -> None:
         """Wait until a fetch may find a job."""
         now = asyncio.get_running_loop().time
-        limited = self._limited_until - now()
-        if limited > 0:
-            await self._until_stopped(asyncio.sleep(limited))
+        if (limited_for := self._limited_for) > 0:
+            await self._until_stopped(asyncio.sleep(limited_for))
+            self._rests_until = 0.0
             return
         due_at, fetch_at = self._delayed_until, math.inf
         while self._drained and now() < fetch_at and not (self.is_stopping or self.is_quiet):
+            if self._rests_until:
+                return
             due_in = (due_at - now_ms()) / 1000 if due_at else None
             if due_in is not None and due_in <= 0:
                 return

@@ -96,6 +96,7 @@ class TaskWorker:
             self._breakages,
             drain_delay=task.worker_options.get("drainDelay", DRAIN_DELAY),
             limit_delay=task.worker_options.get("maximumRateLimitDelay", LIMIT_DELAY_MS) / 1000,
+            has_limiter="limiter" in task.worker_options,
         )
         self._acknowledger = Acknowledger(queue, self._fetcher)
         self._hand_back = HandBack(queue)

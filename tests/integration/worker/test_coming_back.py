@@ -1,13 +1,21 @@
 """`RetryLater` and `RateLimited`: the job comes back, and no attempt is used up."""
 
 import asyncio
+import base64
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
-from autoflow_worker import RateLimited, RetryLater, TaskContext, TaskDefinition, define_task
+from autoflow_worker import (
+    RateLimited,
+    RetryLater,
+    TaskContext,
+    TaskDefinition,
+    TaskOptions,
+    define_task,
+)
 from tests.support.database import Database
 from tests.support.node import Node, Scheduled
 from tests.support.running import RunWorker
@@ -121,6 +129,47 @@ async def test_the_whole_queue_rests(
         assert (await db.until_status(first, "completed")).attempts == 1
         await db.until_status(second, "completed")
     assert begun == [first, first, second]
+
+
+async def test_the_other_slots_rest_too(
+    node5: Node, db: Database, redis: Redis, prefix: str, run_worker: RunWorker
+) -> None:
+    """Without a limiter among its options, BullMQ tells no worker of the limit."""
+    begun: list[str] = []
+    go_on = asyncio.Event()
+
+    async def handler(payload: Json, ctx: TaskContext) -> None:
+        begun.append(ctx.task_id)
+        if len(begun) == 1:
+            await go_on.wait()
+            raise RateLimited(3600)
+        await asyncio.Event().wait()
+
+    options = TaskOptions(concurrency=2)
+    blocking = f"{prefix}:{base64.b64encode(QUEUE.encode()).decode()}"
+
+    async def waits_for_a_marker() -> bool:
+        clients = await redis.client_list()
+        return any(client["name"] == blocking and "b" in client["flags"] for client in clients)
+
+    async def is_put_back() -> bool:
+        return bool(await redis.zcard(f"{prefix}:{QUEUE}:prioritized"))
+
+    async def waits_for_none() -> bool:
+        return not await waits_for_a_marker()
+
+    async with run_worker([define_task(QUEUE, handler, options)]) as worker:
+        first = await schedule(node5, db, QUEUE)
+        await until(lambda: begun == [first])
+        await until(waits_for_a_marker)
+        go_on.set()
+        await db.until_status(first, "pending")
+        await until(is_put_back)
+        # The other slot is woken, and must not fetch.
+        await until(waits_for_none)
+        assert await worker.abort() == 0
+    assert begun == [first]
+    assert await db.status(first) == "pending"
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), 10**9])
