@@ -208,8 +208,9 @@ def is_task_of_api(job_id: str, options: Mapping[str, Any]) -> bool:
         _API_ID.fullmatch(job_id) is not None
         and options.get("jobId") == job_id
         and options.get("priority") in _PRIORITY_WORDS
-        and "attempts" in options
-        and "backoff" in options
+        # bullmq's `Job` gives a job without these options 0 and None.
+        and bool(options.get("attempts"))
+        and options.get("backoff") is not None
     )
 
 

@@ -377,3 +377,27 @@ def test_an_output_that_is_encoded_once_is_the_same_everywhere(output: object) -
 def test_an_output_with_text_that_only_says_it_is_json_is_refused() -> None:
     with pytest.raises(NotStorableError):
         patches.encoded_result([orjson.Fragment("no JSON")], 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"backoff": 100}, True),
+        # As bullmq's `Job` fills the options of a job that has none.
+        ({"attempts": 0}, False),
+        ({"backoff": None}, False),
+        ({"priority": 5}, False),
+        ({"jobId": "another"}, False),
+    ],
+)
+def test_whether_the_api_made_a_job(changes: dict[str, Any], expected: bool) -> None:
+    job_id = "priorities-in-bulk-j1"
+    options = {
+        "jobId": job_id,
+        "priority": 3,
+        "attempts": 3,
+        "backoff": {"type": "exponential", "delay": 5000},
+    }
+    assert patches.is_task_of_api(job_id, {**options, **changes}) is expected
+    assert not patches.is_task_of_api("short", {**options, **changes, "jobId": "short"})
