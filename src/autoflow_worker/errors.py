@@ -96,3 +96,7 @@ class NotStorableError(WorkerError):
     """A value can't be written as JSON."""
 
     exit_code = 2
+
+
+class NeedsServersError(WorkerError):
+    """A test without servers used what only a job in Redis has."""
