@@ -16,6 +16,7 @@ from bench.report import as_markdown
 from bench.results import Results
 from bench.sections import (
     backlog,
+    handlers,
     idle,
     latency,
     memory,
@@ -33,6 +34,7 @@ Section = Callable[[Servers, Results, Sizes], None]
 
 SECTIONS: dict[str, Section] = {
     "throughput": throughput.measure,
+    "handlers": handlers.measure,
     "latency": latency.measure,
     "status-delay": status_delay.measure,
     "startup": startup.measure,

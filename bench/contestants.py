@@ -21,11 +21,13 @@ class Contestant:
         name: as the tables say it.
         command: its words; {redis}, {database}, {prefix}, {queue} and {concurrency} are filled in.
         records: whether it writes statuses, so that its jobs need rows.
+        tasks: its task list, if it is this worker.
     """
 
     name: str
     command: Sequence[str] = field(repr=False)
     records: bool = False
+    tasks: str = "bench.tasks:tasks"
 
     def start(
         self, servers: Servers, queues: Sequence[str], concurrency: int, stack: ExitStack
@@ -44,7 +46,7 @@ class Contestant:
             "REDIS_URL": servers.redis_url,
             "DATABASE_URL": servers.database_url,
             "BULLMQ_PREFIX": PREFIX,
-            "TASKS_CONFIG": "bench.tasks:tasks",
+            "TASKS_CONFIG": self.tasks,
             "WORKER_CONCURRENCY": str(concurrency),
             "BENCH_QUEUES": ",".join(queues),
         }

@@ -45,6 +45,7 @@ def drain(
     *,
     queues: Sequence[str] = ("q",),
     processes: int = 1,
+    warm_up: int = 0,
     payload: dict[str, Any] | None = None,
 ) -> Drain:
     """Fill the queues, and time how the contestant empties them.
@@ -52,12 +53,21 @@ def drain(
     Args:
         jobs: in each queue.
         seconds: the measurement's length, at most; what is left then does not count.
+        warm_up: jobs before the measurement begins, at least.
     """
     servers.reset()
     servers.add_jobs(queues, jobs, payload=payload or {})
     if contestant.records:
         servers.add_rows(queues, jobs, payload=payload)
-    return timed(servers, contestant, concurrency, seconds, queues=queues, processes=processes)
+    return timed(
+        servers,
+        contestant,
+        concurrency,
+        seconds,
+        queues=queues,
+        processes=processes,
+        warm_up=warm_up,
+    )
 
 
 def timed(
@@ -68,13 +78,15 @@ def timed(
     *,
     queues: Sequence[str] = ("q",),
     processes: int = 1,
+    warm_up: int = 0,
 ) -> Drain:
     """Start the contestant on the filled queues, and time it once all its processes work."""
     total = servers.jobs_left(queues)
     with ExitStack() as stack:
         workers = [contestant.start(servers, queues, concurrency, stack) for _ in range(processes)]
         # The first of several processes works long before the last one has started.
-        warm = total - (min(total // 20, 2_000) if processes == 1 else total // 3)
+        skipped = min(total // 20, 2_000) if processes == 1 else total // 3
+        warm = total - max(skipped, warm_up)
         first = until_left(servers, queues, workers, warm, LIMIT)
         began, before = time.perf_counter(), _cpu(servers, workers)
         last = until_left(servers, queues, workers, 0, seconds)

@@ -3,8 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.contestants import NODE_5, NODE_UPDATES, OURS, OURS_OFF, PLAIN, PLAIN_UVLOOP
+from bench.contestants import (
+    NODE_5,
+    NODE_UPDATES,
+    OURS,
+    OURS_OFF,
+    PLAIN,
+    PLAIN_UVLOOP,
+    Contestant,
+)
 from bench.results import Results
+from bench.sections import handlers
 from bench.sections.throughput import PAIR
 
 
@@ -20,7 +29,7 @@ class Goal:
 
 def goals(results: Results) -> list[Goal]:
     """Return the goals of the sections that were measured."""
-    return [goal for make in (_ratios, _limits) for goal in make(results)]
+    return [goal for make in (_ratios, _handlers, _limits) for goal in make(results)]
 
 
 def _ratios(results: Results) -> list[Goal]:
@@ -67,6 +76,35 @@ def _ratios(results: Results) -> list[Goal]:
             "two processes, not recording: against one",
             1.0,
             _ratio(rates.best(PAIR), rates.best(off)),
+            "x",
+        ),
+    ]
+    return [goal for goal in found if goal is not None]
+
+
+def _handlers(results: Results) -> list[Goal]:
+    busy, idle = results.get("busy_handlers"), results.get("idle_handlers")
+
+    def of_busy(contestant: Contestant) -> float | None:
+        return busy.median(contestant.name, handlers.BUSY_COLUMN)
+
+    found = [
+        *(
+            _goal(
+                f"handlers that need the CPU, {contestant.name}: against one loop",
+                1.8,
+                _ratio(of_busy(contestant), of_busy(handlers.LOOP)),
+                "x",
+            )
+            for contestant in (handlers.CHILDREN, handlers.WORKERS)
+        ),
+        _goal(
+            "sync handlers that do nothing: against async ones",
+            0.5,
+            _ratio(
+                idle.best(handlers.IDLE_THREADS.name),
+                idle.best(handlers.IDLE_LOOP.name),
+            ),
             "x",
         ),
     ]

@@ -4,6 +4,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -50,8 +51,12 @@ class Measured:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._process.kill()
+        own = self._view.children(recursive=True)
+        for process in (self._view, *own):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process.wait()
+        psutil.wait_procs(own)
         self._reaper.communicate(b"\n")
         self._output.close()
 

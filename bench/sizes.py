@@ -9,6 +9,7 @@ class Sizes:
 
     Attributes:
         jobs: in a queue whose throughput is measured.
+        busy_jobs: whose handlers need the CPU, in a queue whose throughput is measured.
         seconds: that such a measurement takes, at most.
         rounds: of everything whose spread matters.
         samples: jobs whose latency is measured, in each case.
@@ -19,6 +20,7 @@ class Sizes:
     """
 
     jobs: int = 20_000
+    busy_jobs: int = 450
     seconds: float = 5.0
     rounds: int = 3
     samples: int = 1_000
@@ -31,6 +33,7 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     jobs=2_000,
+    busy_jobs=150,
     seconds=1.5,
     rounds=1,
     samples=100,
