@@ -15,6 +15,7 @@ from autoflow_worker.recording.cancelled_rows import CancelledRows
 from autoflow_worker.recording.recorder import StatusRecorder
 from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.definition import Lifespan, TaskDefinition
+from autoflow_worker.tasks.loader import check_importable
 from autoflow_worker.worker.cancellation import keep_cancelling
 from autoflow_worker.worker.lifetime import (
     check_recycle_memory,
@@ -54,6 +55,9 @@ class WorkerService:
         idle_limit: seconds without a job after which the worker ends; ``None``: none.
         supervision: what hears that the worker works; ``None``: nobody.
 
+    Raises:
+        TaskListError: a task runs in processes, which would not find it in TASKS_CONFIG.
+
     Attributes:
         workers: one for each task; none before the servers are reached.
         recorder: what all of them record statuses with; None before PostgreSQL is examined.
@@ -67,6 +71,9 @@ class WorkerService:
         idle_limit: float | None = None,
         supervision: Supervision | None = None,
     ) -> None:
+        for task in tasks:
+            if task.options.run_in == "process":
+                check_importable(settings.tasks_config, task)
         self._settings = settings
         self._tasks = tasks
         self._idle_limit = idle_limit

@@ -70,6 +70,7 @@ class Child:
         self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
         self._attempt: ChildAttempt | None = None
         self._handler: asyncio.Task[Any] | None = None
+        self._to_cancel: int | None = None
         self._is_stopping = False
         self._jobs = 0
         self._resources = resources
@@ -105,17 +106,16 @@ class Child:
                 self._loop.call_soon_threadsafe(self._inbox.put_nowait, frame)
 
     def _cancel(self, job: int, is_cancelled: bool) -> None:
-        attempt = self._attempt
-        if attempt is None or attempt.number != job:
-            return
-        if is_cancelled:
+        self._to_cancel = job
+        attempt = self._attempt  # None: the job waits in the inbox.
+        if is_cancelled and attempt is not None and attempt.number == job:
             attempt.cancel()
         self._interrupts.request(job)
-        self._loop.call_soon_threadsafe(self._cancel_handler, job)
+        self._loop.call_soon_threadsafe(self._cancel_handler)
 
-    def _cancel_handler(self, job: int) -> None:
+    def _cancel_handler(self) -> None:
         attempt, handler = self._attempt, self._handler
-        if attempt is not None and attempt.number == job and handler is not None:
+        if attempt is not None and attempt.number == self._to_cancel and handler is not None:
             handler.cancel()
 
     # -- one job ----------------------------------------------------------------------------------
@@ -194,6 +194,7 @@ class Child:
             return await awaitable
 
         self._handler = self._loop.create_task(call())
+        self._cancel_handler()
         return self._loop.run_until_complete(self._handler)
 
     def _flush_streams(self) -> None:

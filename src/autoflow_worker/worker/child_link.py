@@ -35,8 +35,9 @@ class Interrupts:
         signal.signal(INTERRUPT, self._on_signal)
 
     def begin(self, job: int) -> None:
-        """From here on, `request` interrupts this job."""
+        """From here on, `request` interrupts this job; an earlier one does so now."""
         self._running = job
+        self._on_signal()
 
     def end(self) -> None:
         """From here on, nothing is interrupted."""
@@ -44,8 +45,8 @@ class Interrupts:
 
     def request(self, job: int) -> None:
         """Interrupt the handler of this job, at most once; from another thread."""
+        self._wanted = job
         if self._running == job:
-            self._wanted = job
             # Ends a system call of the main thread, too.
             signal.pthread_kill(self._main, INTERRUPT)
 

@@ -21,7 +21,6 @@ from autoflow_worker.logs.configure import log_level
 from autoflow_worker.pauses import Pauses
 from autoflow_worker.tasks.context import TaskCancelledError, TaskContext
 from autoflow_worker.tasks.definition import TaskDefinition
-from autoflow_worker.tasks.loader import check_importable
 from autoflow_worker.worker.child_process import ChildJob, ChildProcess
 from autoflow_worker.worker.handler import UNWIND_PATIENCE
 from autoflow_worker.worker.runner import Outcome
@@ -64,12 +63,10 @@ class ProcessRunner:
     """Runs the handlers of one task in processes.
 
     Args:
-        tasks_config: the name by which the processes import the task list.
+        tasks_config: the name by which the processes import the task list; the caller has made
+            sure of it by `check_importable`.
         concurrency: the task's slots.
         limit: the time limit of the task's attempts.
-
-    Raises:
-        TaskListError: another process would not find the task by that name.
     """
 
     interrupts = True
@@ -77,7 +74,6 @@ class ProcessRunner:
     def __init__(
         self, task: TaskDefinition[Any], tasks_config: str, concurrency: int, limit: TimeLimit
     ) -> None:
-        check_importable(tasks_config, task)
         self._queue = task.queue_name
         self._concurrency = concurrency
         self._limit = limit

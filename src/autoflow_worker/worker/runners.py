@@ -18,9 +18,6 @@ def runner_for(
         concurrency: the task's slots.
         limit: the time limit of the task's attempts.
         tasks_config: the name by which another process imports the task list.
-
-    Raises:
-        TaskListError: another process can't find the task by that name, and has to.
     """
     if task.options.run_in == "process":
         return ProcessRunner(task, tasks_config, concurrency, limit)

@@ -58,9 +58,6 @@ class TaskWorker:
         record_unknown_jobs: whether a job without a row gets one (contract, section 4).
         tasks_config: the name by which the handlers' processes import the task list.
 
-    Raises:
-        TaskListError: the task runs in processes, which would not find it by that name.
-
     Attributes:
         jobs_taken: how many jobs its slots have had.
     """

@@ -196,6 +196,10 @@ def test_payload_types_that_can_not_work(handler: Any, payload: Any, message: st
         ({"timeout_ms": 1.5}, "timeout_ms"),
         ({"concurrency": 0}, "concurrency"),
         ({"concurrency": 10_001}, "concurrency"),
+        ({"run_in": "thread"}, "run_in must be 'process' or None"),
+        ({"run_in": []}, "run_in"),
+        ({"recycle_after_jobs": 5}, "recycle_after_jobs needs run_in='process'"),
+        ({"run_in": "process", "recycle_above_mb": 0}, "recycle_above_mb"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], argument: str) -> None:
