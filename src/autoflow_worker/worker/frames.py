@@ -62,11 +62,17 @@ class Decoder:
 
     def __init__(self, max_body: int) -> None:
         self._max_body = max_body
-        self._buffer = bytearray()
+        # Bytes to cut frames from, and what came after them: joined only when a frame is whole, as
+        # one of 10 MB comes in many parts.
+        self._bytes = b""
+        self._start = 0
+        self._parts: list[bytes] = []
+        self._waiting = 0
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
-        self._buffer += data
+        self._parts.append(data)
+        self._waiting += len(data)
 
     def next(self) -> Frame | None:
         """Return the next whole frame, if it has arrived.
@@ -74,23 +80,34 @@ class Decoder:
         Raises:
             FrameError: the stream holds something else.
         """
-        buffer = self._buffer
-        if len(buffer) < _LENGTHS.size:
+        if not self._has(_LENGTHS.size):
             return None
-        mark, kind, head_length, body_length = _LENGTHS.unpack_from(buffer)
+        start = self._start
+        mark, kind, head_length, body_length = _LENGTHS.unpack_from(self._bytes, start)
         if mark != _MARK or head_length > MAX_HEAD or body_length > self._max_body:
             raise FrameError("no frame, or one that is too long")
-        body_start = _LENGTHS.size + head_length
-        end = body_start + body_length
-        if len(buffer) < end:
+        length = _LENGTHS.size + head_length + body_length
+        if not self._has(length):
             return None
-        with memoryview(buffer) as view:
-            head_text, body = bytes(view[_LENGTHS.size : body_start]), bytes(view[body_start:end])
-        del buffer[:end]
+        start = self._start + _LENGTHS.size
+        self._start += length
+        body_start = start + head_length
         try:
-            head = json.loads(head_text)
+            head = json.loads(self._bytes[start:body_start])
             if not isinstance(head, dict):
                 raise FrameError("a head that is no object")
-            return Frame(Kind(kind), head, body)
+            return Frame(Kind(kind), head, self._bytes[body_start : self._start])
         except (ValueError, RecursionError) as error:
             raise FrameError(f"a frame that can't be read: {error}") from error
+
+    def _has(self, length: int) -> bool:
+        """Whether so many bytes have come that are in no frame yet; have them in one piece then."""
+        there = len(self._bytes) - self._start
+        if there >= length:
+            return True
+        if there + self._waiting < length:
+            return False
+        self._bytes = b"".join((self._bytes[self._start :], *self._parts))
+        self._start = self._waiting = 0
+        self._parts.clear()
+        return True
