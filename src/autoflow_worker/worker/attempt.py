@@ -41,7 +41,7 @@ from autoflow_worker.worker.reports import Reports
 from autoflow_worker.worker.retries import is_final, next_delay
 from autoflow_worker.worker.returned import ReportedFailureError, output_of
 from autoflow_worker.worker.runner import Outcome, Runner
-from autoflow_worker.worker.time_limit import TimeLimit, Wait, end
+from autoflow_worker.worker.time_limit import TimeLimit, Wait
 
 log = structlog.get_logger(__name__)
 
@@ -201,7 +201,7 @@ class Attempt:
         if self._cancellation is not None:
             self._cancellation.set()
         if self._wait is not None and self.setup.runner.interrupts:
-            end(self._wait.ended, TaskCancelledError("the task is cancelled"))
+            self._wait.end(TaskCancelledError("the task is cancelled"))
 
     # -- outcomes --------------------------------------------------------------------------------
 

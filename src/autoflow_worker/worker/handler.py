@@ -131,7 +131,7 @@ class ThreadRunner(LoopRunner):
             error = await wait.ended
             if error is None and (rest := _rest_of(handler)) is not None:
                 # A plain function around an async one has only now returned what is to be awaited.
-                wait.ended = asyncio.get_running_loop().create_future()
+                wait.go_on()
                 handler = _start(rest, wait.ended, context)
                 error = await wait.ended
         except asyncio.CancelledError:

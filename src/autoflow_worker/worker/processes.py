@@ -299,7 +299,7 @@ class ProcessRunner:
             if outcome is not None:
                 return outcome
             # The process had died before the job reached it.
-            wait.ended = asyncio.get_running_loop().create_future()
+            wait.go_on()
         raise JobLostError("processes died before they took the job")
 
     async def _outcome(self, child: ChildProcess, job: ChildJob, wait: Wait) -> Outcome | None:

@@ -16,10 +16,27 @@ Ended = asyncio.Future[Exception | None]
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """Somebody waits for a handler until it has ended, or until its deadline."""
+    """Somebody waits for a handler until it has ended, or until its deadline.
+
+    Attributes:
+        ended: what is waited for.
+        reason: why the handler is to be ended; None as long as it is not.
+    """
 
     ended: Ended
     deadline: float
+    reason: Exception | None = None
+
+    def end(self, reason: Exception) -> None:
+        """Say that the handler is to be ended; the first reason counts."""
+        self.reason = self.reason or reason
+        end(self.ended, self.reason)
+
+    def go_on(self) -> None:
+        """Wait for the next part of a handler. It is to be ended if the part before was."""
+        self.ended = asyncio.get_running_loop().create_future()
+        if self.reason is not None:
+            end(self.ended, self.reason)
 
     def time_left(self) -> float | None:
         """Return the seconds until the deadline, at least 0; None if there is none."""
@@ -76,7 +93,7 @@ class TimeLimit:
                 return
             del self._waits[oldest]
             words = f"the handler ran past its time limit of {self._timeout_ms} ms"
-            end(oldest.ended, TimeLimitError(words))
+            oldest.end(TimeLimitError(words))
 
 
 def end(ended: Ended, error: Exception | None) -> None:

@@ -133,6 +133,14 @@ async def test_one_timer_ends_each_attempt_at_its_own_time() -> None:
     assert not quick.ended.done()
 
 
+async def test_a_limit_between_two_parts_of_a_handler_ends_the_second() -> None:
+    wait = TimeLimit(1).start()
+    wait.ended.set_result(None)  # The first part returned, and its slot has not noticed yet.
+    await asyncio.sleep(0.01)
+    wait.go_on()
+    assert isinstance(await wait.ended, TimeLimitError)
+
+
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 async def test_a_handler_that_is_cancelled_before_it_runs_is_no_wait_without_end() -> None:
     others = asyncio.all_tasks()
