@@ -6,6 +6,12 @@ from autoflow_worker.broker.libraries import mismatch_of_import
 from autoflow_worker.errors import PayloadError, WorkerError
 
 try:
+    from autoflow_worker.tasks.batches import (
+        BatchContext,
+        BatchEndedError,
+        BatchItem,
+        BatchOptions,
+    )
     from autoflow_worker.tasks.context import TaskCancelledError, TaskContext
     from autoflow_worker.tasks.definition import TaskDefinition, TaskOptions, define_task
     from autoflow_worker.tasks.exceptions import (
@@ -30,6 +36,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchContext",
+    "BatchEndedError",
+    "BatchItem",
+    "BatchOptions",
     "DelayedError",
     "JobHandle",
     "PayloadError",

@@ -1,7 +1,7 @@
 """``define_task``, and the objects that a task's author meets."""
 
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, overload
@@ -11,6 +11,13 @@ from typing_extensions import TypeVar  # typing's own has defaults from Python 3
 
 from autoflow_worker.errors import TaskListError
 from autoflow_worker.tasks import payload as payloads
+from autoflow_worker.tasks.batches import (
+    BatchContext,
+    BatchItem,
+    BatchOptions,
+    check_batch,
+    payload_of,
+)
 from autoflow_worker.tasks.context import TaskContext
 from autoflow_worker.tasks.worker_options import MAX_MS, WorkerOptions, check_worker_options
 
@@ -32,6 +39,8 @@ C = TypeVar("C")
 Lifespan = Callable[[], AbstractAsyncContextManager[C]]
 Around = Callable[[TaskContext[Any]], AbstractContextManager[object]]
 AroundAsync = Callable[[TaskContext[Any]], AbstractAsyncContextManager[object]]
+AroundBatch = Callable[[BatchContext[Any]], AbstractContextManager[object]]
+AroundBatchAsync = Callable[[BatchContext[Any]], AbstractAsyncContextManager[object]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +54,9 @@ class TaskOptions:
         priority: which of the queue's jobs run first.
         max_attempts: how often a job runs at most.
         backoff_ms: milliseconds before the first retry, doubled before each further one.
-        timeout_ms: time limit of one attempt in milliseconds; ``None``: no limit.
-        concurrency: jobs of this task at once in one process; ``None``: WORKER_CONCURRENCY.
+        timeout_ms: time limit of one call of the handler in milliseconds; ``None``: no limit.
+        concurrency: calls of the handler at once in one process; ``None``: WORKER_CONCURRENCY. A
+            call has one job, or those of one batch.
         run_in: ``"process"`` runs the handler in processes of its own, one for each job at once,
             for work that needs the CPU or may crash. They import the task list by its name.
             ``None``: an ``async def`` runs in the event loop, a ``def`` in a thread.
@@ -73,6 +83,7 @@ class TaskDefinition(Generic[P, R]):
 
     Attributes:
         queue_name: the queue, which is the task's name.
+        handler: takes ``(payload, ctx)``, or ``(items, ctx)`` if the task has a ``batch``.
         worker_options: checked.
         is_async: whether the handler is awaited; a handler that is not runs in a thread.
         payload_adapter: pydantic's validator, ``None`` for the plain JSON object.
@@ -80,18 +91,20 @@ class TaskDefinition(Generic[P, R]):
         lifespan: yields the ``resources`` of the handler's context.
         around: a context manager that each attempt of the handler is inside of.
         around_async: the same, entered in the event loop.
+        batch: how jobs are gathered for one call of the handler; ``None``: a call has one job.
     """
 
     queue_name: str
-    handler: Callable[[P, TaskContext[Any]], Awaitable[R] | R]
+    handler: Callable[[P, Any], Awaitable[R] | R]
     options: TaskOptions
     worker_options: Mapping[str, Any]
     is_async: bool
     payload_adapter: TypeAdapter[P] | None = field(repr=False)
     takes_correlation_id: bool
     lifespan: Lifespan[Any] | None = None
-    around: Around | None = None
-    around_async: AroundAsync | None = None
+    around: Callable[[Any], AbstractContextManager[object]] | None = None
+    around_async: Callable[[Any], AbstractAsyncContextManager[object]] | None = None
+    batch: BatchOptions | None = None
 
     def parse_payload(self, data: object) -> P:
         """Return the payload from a job's data, without the ``correlationId`` that it may not take.
@@ -149,17 +162,43 @@ def define_task(
     lifespan: Lifespan[C],
     around: Around | None = ...,
 ) -> TaskDefinition[P, R]: ...
+@overload
 def define_task(
     queue_name: str,
-    handler: Callable[[P, TaskContext[Any]], Awaitable[R] | R],
+    handler: Callable[[Sequence[BatchItem[P]], BatchContext[None]], Awaitable[None] | None],
+    options: TaskOptions = ...,
+    payload: type[P] | TypeAdapter[P] | None = ...,
+    worker_options: WorkerOptions | None = ...,
+    *,
+    around: AroundBatch | None = ...,
+    around_async: AroundBatchAsync | None = ...,
+    batch: BatchOptions,
+) -> TaskDefinition[P, Any]: ...
+@overload
+def define_task(
+    queue_name: str,
+    handler: Callable[[Sequence[BatchItem[P]], BatchContext[C]], Awaitable[None] | None],
+    options: TaskOptions = ...,
+    payload: type[P] | TypeAdapter[P] | None = ...,
+    worker_options: WorkerOptions | None = ...,
+    *,
+    lifespan: Lifespan[C],
+    around: AroundBatch | None = ...,
+    around_async: AroundBatchAsync | None = ...,
+    batch: BatchOptions,
+) -> TaskDefinition[P, Any]: ...
+def define_task(
+    queue_name: str,
+    handler: Callable[..., Any],
     options: TaskOptions = TaskOptions(),
-    payload: type[P] | TypeAdapter[P] | None = None,
+    payload: Any = None,
     worker_options: WorkerOptions | None = None,
     *,
     lifespan: Lifespan[Any] | None = None,
-    around: Around | None = None,
-    around_async: AroundAsync | None = None,
-) -> TaskDefinition[P, R]:
+    around: Callable[[Any], AbstractContextManager[object]] | None = None,
+    around_async: Callable[[Any], AbstractAsyncContextManager[object]] | None = None,
+    batch: BatchOptions | None = None,
+) -> TaskDefinition[Any, Any]:
     """Define the task that runs the jobs of one queue.
 
     Args:
@@ -176,6 +215,14 @@ def define_task(
             of: a database session, a Sentry scope. It is entered where the handler runs: in its
             thread, or in the event loop.
         around_async: the same for an async context manager; for async handlers only.
+        batch: the handler is called with ``(items, ctx)``, a ``Sequence[BatchItem[...]]`` and a
+            ``BatchContext``, for up to ``size`` jobs at once. Each job keeps its own row, lock and
+            attempts: ``item.complete()``, ``item.fail()`` and ``item.retry_later()`` settle one.
+            For the items that are not settled, an exception of the handler fails all of them, and
+            its return completes all of them, without an output. A job whose payload does not
+            validate fails, and is never among the items. The time limit is that of one call,
+            and ``concurrency`` is the number of batches at once. An item whose task was cancelled
+            says so in ``item.ctx.cancelled``; if it is not settled, its task stays cancelled.
 
     Raises:
         TaskListError: an argument is invalid.
@@ -185,7 +232,13 @@ def define_task(
     _check_options(queue_name, options)
     is_async = inspect.iscoroutinefunction(payloads.underlying_function(handler))
     _check_contexts(queue_name, lifespan, around, around_async, is_async=is_async)
-    adapter = _adapter(queue_name, handler, payload)
+    check_batch(queue_name, batch, options.concurrency or 1)
+    if batch is not None and options.run_in == "process":
+        raise TaskListError(
+            f"task {queue_name!r}: batches run in the event loop or in a thread, not in processes; "
+            "take batch= or run_in='process' away"
+        )
+    adapter = _adapter(queue_name, handler, payload, in_batches=batch is not None)
     return TaskDefinition(
         queue_name=queue_name,
         handler=handler,
@@ -197,10 +250,13 @@ def define_task(
         lifespan=lifespan,
         around=around,
         around_async=around_async,
+        batch=batch,
     )
 
 
-def _adapter(queue_name: str, handler: Callable[..., object], payload: Any) -> Any:
+def _adapter(
+    queue_name: str, handler: Callable[..., object], payload: Any, *, in_batches: bool
+) -> Any:
     way_out = "give define_task a payload= that pydantic can validate"
     try:
         annotation = payloads.payload_annotation(handler) if payload is None else payload
@@ -209,6 +265,8 @@ def _adapter(queue_name: str, handler: Callable[..., object], payload: Any) -> A
             f"task {queue_name!r}: the annotation of the handler's payload can't be evaluated "
             f"({type(error).__name__}: {error}); make the name importable at run time, or {way_out}"
         ) from error
+    if payload is None:
+        annotation = payload_of(queue_name, annotation, in_batches=in_batches)
     try:
         return payloads.payload_adapter(annotation)
     except Exception as error:

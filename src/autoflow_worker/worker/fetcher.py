@@ -141,6 +141,10 @@ class Fetcher:
                             continue
                         if self._rests_until and self._limited_for > 0:
                             continue  # A handler has let the queue rest meanwhile.
+                        if not self._runner.has_room:
+                            # A batch has begun meanwhile. Another worker may run the job at once.
+                            await self._give_marker_away()
+                            continue
                         if not self._queue.is_connected:
                             await self._until_stopped(self._queue.connected())
                             continue
@@ -204,9 +208,13 @@ class Fetcher:
             timer.cancel()
 
     async def _until_awake(self) -> None:
-        """Wait as long as this is quiet; first give away the marker that may have been taken."""
-        await self._until_stopped(self._queue.insist(self._queue.marker.put_back))
+        """Wait as long as this is quiet."""
+        await self._give_marker_away()
         await self._until_stopped(self._awake.wait())
+
+    async def _give_marker_away(self) -> None:
+        """Put back the marker that may have been taken; what it told is forgotten here."""
+        await self._until_stopped(self._queue.insist(self._queue.marker.put_back))
         self._drained = False
 
     async def _until_stopped(self, waiting: Awaitable[Any]) -> None:

@@ -14,6 +14,7 @@ import structlog
 from autoflow_worker.broker.claim import Claim
 from autoflow_worker.logs.attempt_fields import running_attempt
 from autoflow_worker.process.forks import Forked, end_of_child
+from autoflow_worker.tasks.batches import BatchContext
 from autoflow_worker.tasks.context import TaskContext
 from autoflow_worker.tasks.definition import TaskDefinition
 from autoflow_worker.worker.runner import Outcome
@@ -24,6 +25,9 @@ log = structlog.get_logger(__name__)
 
 UNWIND_PATIENCE: Final = 0.5
 """Seconds that a cancelled handler has to clean up before it is left behind."""
+
+HandlerContext = TaskContext[Any] | BatchContext[Any]
+"""What a handler gets besides its payload, or its items."""
 
 # An eager task that waits for nothing has ended when it is made.
 _EAGER: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
@@ -52,7 +56,7 @@ class LoopRunner:
         """Return the validated payload; see `Runner`."""
         return self._task.parse_payload(claim.data)
 
-    async def run(self, payload: Any, context: TaskContext, wait: Wait) -> Outcome:
+    async def run(self, payload: Any, context: HandlerContext, wait: Wait) -> Outcome:
         """Call the handler once, and wait for its end; see `Runner`.
 
         A handler that does not end when it is cancelled is left behind after `UNWIND_PATIENCE`: its
@@ -95,7 +99,7 @@ class ThreadRunner(LoopRunner):
     """Runs plain `def` handlers in threads, and what they return in the loop if it is awaitable.
 
     Args:
-        concurrency: the task's slots.
+        concurrency: calls of the handler at once.
     """
 
     interrupts = False
@@ -115,7 +119,7 @@ class ThreadRunner(LoopRunner):
         """Wait until a thread that was left behind has ended."""
         await self._threads.room()
 
-    async def run(self, payload: Any, context: TaskContext, wait: Wait) -> Outcome:
+    async def run(self, payload: Any, context: HandlerContext, wait: Wait) -> Outcome:
         """Call the handler once, and wait for its end; see `Runner`.
 
         A thread that has not ended `UNWIND_PATIENCE` after it should is left behind.
@@ -146,7 +150,7 @@ class ThreadRunner(LoopRunner):
         return _outcome(handler, error, started)
 
     async def _give_up(
-        self, call: Call, handler: asyncio.Future[Any], context: TaskContext
+        self, call: Call, handler: asyncio.Future[Any], context: HandlerContext
     ) -> None:
         if not self._threads.withdraw(call):
             await _unwind(handler, context)
@@ -182,7 +186,7 @@ def task_name(queue_name: str, task_id: str) -> str:
     return f"job {task_id} of {queue_name}"
 
 
-def call_plain(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> object:
+def call_plain(task: TaskDefinition[Any], payload: Any, context: HandlerContext) -> object:
     """Call a sync handler, in its thread."""
     running_attempt.set(context)
     if task.around is None:
@@ -191,7 +195,7 @@ def call_plain(task: TaskDefinition[Any], payload: Any, context: TaskContext) ->
         return task.handler(payload, context)
 
 
-async def call_within(task: TaskDefinition[Any], payload: Any, context: TaskContext) -> Any:
+async def call_within(task: TaskDefinition[Any], payload: Any, context: HandlerContext) -> Any:
     """Call an async handler inside of its task's context managers."""
     async with AsyncExitStack() as stack:
         if task.around is not None:
@@ -201,7 +205,7 @@ async def call_within(task: TaskDefinition[Any], payload: Any, context: TaskCont
         return await cast(Coroutine[Any, Any, Any], task.handler(payload, context))
 
 
-def _start(call: Awaitable[Any], ended: Ended, context: TaskContext) -> asyncio.Task[Any]:
+def _start(call: Awaitable[Any], ended: Ended, context: HandlerContext) -> asyncio.Task[Any]:
     handler = asyncio.Task(
         _contain(call, ended, context),
         loop=asyncio.get_running_loop(),
@@ -229,7 +233,7 @@ def _rest_of(handler: asyncio.Future[Any]) -> Awaitable[Any] | None:
     return value if inspect.isawaitable(value) else None
 
 
-async def _unwind(handler: asyncio.Future[Any], context: TaskContext) -> None:
+async def _unwind(handler: asyncio.Future[Any], context: HandlerContext) -> None:
     """Cancel the handler, and leave it behind if it has not ended after `UNWIND_PATIENCE`."""
     if isinstance(handler, asyncio.Task):
         handler.cancel()
@@ -254,7 +258,7 @@ def _discard(handler: asyncio.Future[Any]) -> None:
         rest.close()
 
 
-async def _contain(call: Awaitable[Any], ended: Ended, context: TaskContext) -> Any:
+async def _contain(call: Awaitable[Any], ended: Ended, context: HandlerContext) -> Any:
     """Keep `SystemExit` and its like from ending the event loop."""
     running_attempt.set(context)  # The asyncio task has a context of its own.
     try:

@@ -1,6 +1,6 @@
 """One task's jobs: fetch, start, run, record, acknowledge.
 
-`concurrency` slots each loop over one job after the other. Only one slot at a time fetches, so an
+Its slots each loop over one job after the other. Only one slot at a time fetches, so an
 idle queue costs one blocked connection. A busy slot gets its next job with the acknowledgement of
 the last. The order in a slot is the promise: PostgreSQL commits the row's outcome first, then
 BullMQ is told. A crash in between runs the job again, and never leaves a row that lies.
@@ -20,6 +20,7 @@ from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.broker.job_schedulers import NotAdvancedError
 from autoflow_worker.errors import TaskBrokenError, WorkerError
 from autoflow_worker.recording.recorder import StatusRecorder
+from autoflow_worker.tasks.batches import check_batch
 from autoflow_worker.tasks.definition import TaskDefinition
 from autoflow_worker.worker.acknowledge import Acknowledger
 from autoflow_worker.worker.attempt import Attempt, TaskSetup
@@ -54,7 +55,7 @@ class TaskWorker:
 
     Args:
         queue: the task's; opened by the caller, and closed with the shared Redis client.
-        concurrency: slots.
+        concurrency: calls of the handler at once; WORKER_CONCURRENCY unless the task says it.
         record_unknown_jobs: whether a job without a row gets one (contract, section 4).
         tasks_config: the name by which the handlers' processes import the task list.
 
@@ -75,15 +76,16 @@ class TaskWorker:
         self.task = task
         self._queue = queue
         self._recorder = recorder
-        self._concurrency = concurrency
+        self._slot_count = check_batch(task.queue_name, task.batch, concurrency)
         self._record_unknown_jobs = record_unknown_jobs
         self.jobs_taken = 0
         self._id = uuid4().hex
         self._running: dict[Claim, Attempt] = {}
         # The other slots go on working, whatever rows PostgreSQL refuses.
-        self._held_outcomes = asyncio.Semaphore(concurrency // 2)
+        self._held_outcomes = asyncio.Semaphore(self._slot_count // 2)
         self._closed = False
-        limit = TimeLimit(task.options.timeout_ms)
+        # A batch has one limit for all of its attempts, which its runner keeps.
+        limit = TimeLimit(None if task.batch else task.options.timeout_ms)
         self._runner = runner_for(task, concurrency, limit, tasks_config)
         self._breakages = Breakages()
         self._fetcher = Fetcher(
@@ -170,7 +172,7 @@ class TaskWorker:
         ]
         self._slots = [
             create(self._slot(index), name=f"slot {index} of {name}")
-            for index in range(self._concurrency)
+            for index in range(self._slot_count)
         ]
 
     def deaths(self) -> list[asyncio.Task[None]]:
