@@ -209,6 +209,8 @@ def check(tasks: str | None, queues: str | None) -> int:
     for found in run_checks(read_env_files(), tasks_config=tasks, worker_queues=queues):
         verdict = click.style(f"{found.verdict:<9}", fg=_COLOURS.get(found.verdict))
         click.echo(f"{found.check:<12}{verdict}" + found.text.replace("\n", "\n" + " " * 21))
+        for line in found.table:
+            click.echo(line)
         exit_code = exit_code or found.exit_code
     return exit_code
 

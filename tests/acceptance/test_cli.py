@@ -204,9 +204,13 @@ async def test_check_when_all_is_well(worker_process: WorkerStarter) -> None:
     worker = worker_process(GOOD_TASKS, command="check")
     assert await worker.wait() == 0, worker.report()
     lines = worker.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["settings", "task", "Redis", "PostgreSQL"]
-    assert all(" ok " in line for line in lines)
-    assert "2 tasks in 'tasks_config:tasks': mails, reports" in lines[1]
+    settings, tasks, *table, redis, postgres = lines
+    found = [line.split(" ")[0] for line in (settings, tasks, redis, postgres)]
+    assert found == ["settings", "task", "Redis", "PostgreSQL"]
+    assert all(" ok " in line for line in (settings, tasks, redis, postgres))
+    assert tasks.endswith("2 tasks in 'tasks_config:tasks'")
+    assert [line.split()[0] for line in table] == ["queue", "mails", "reports"]
+    assert table[1].endswith("dict (no annotation)")
     assert worker.stderr == ""
 
 

@@ -13,6 +13,7 @@ from autoflow_worker.broker.paused_lists import find_split
 from autoflow_worker.broker.requirements import examine_redis
 from autoflow_worker.encoding.masking import mask_secrets
 from autoflow_worker.errors import RedisUnavailableError, SettingsError, WorkerError
+from autoflow_worker.operations.task_table import hidden_payloads, task_table
 from autoflow_worker.recording.table import PROBED_QUEUE, inspect_tasks_table
 from autoflow_worker.settings import Settings
 from autoflow_worker.tasks.loader import load_tasks
@@ -27,12 +28,14 @@ class Finding(NamedTuple):
         check: the check's name; empty for a further finding of the same check.
         text: what the check found, in one line or more, without secrets.
         exit_code: the exit code that a start would end with; 0 unless the check failed.
+        table: lines to show below the text, of 80 columns at most.
     """
 
     check: str
     verdict: Literal["ok", "warning", "failed", "skipped"]
     text: str
     exit_code: int = 0
+    table: Sequence[str] = ()
 
 
 def run_checks(env_files: Sequence[str] = (), **overrides: Any) -> Iterator[Finding]:
@@ -48,7 +51,7 @@ def run_checks(env_files: Sequence[str] = (), **overrides: Any) -> Iterator[Find
     if "tasks_config" in faults or "worker_queues" in faults:
         yield Finding("task list", "skipped", "TASKS_CONFIG or WORKER_QUEUES is wrong")
     else:
-        yield from _run("task list", lambda: _task_list(settings, queues))
+        yield from _task_list(settings, queues)
     if "redis_url" in faults:
         yield Finding("Redis", "skipped", "REDIS_URL is missing or wrong")
     else:
@@ -79,11 +82,18 @@ def _settings(settings: Settings, faults: dict[str, str], env_files: Sequence[st
     return [text + "".join(f", {name} read" for name in env_files), *found]
 
 
-def _task_list(settings: Settings, queues: list[str]) -> list[str]:
-    tasks = load_tasks(settings.tasks_config, settings.worker_queues)
-    queues += [task.queue_name for task in tasks]
-    count = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}"
-    return [f"{count} in {settings.tasks_config!r}: {', '.join(queues)}"]
+def _task_list(settings: Settings, queues: list[str]) -> Iterator[Finding]:
+    table: list[str] = []
+
+    def load() -> list[str]:
+        tasks = load_tasks(settings.tasks_config, settings.worker_queues)
+        queues.extend(task.queue_name for task in tasks)
+        table.extend(task_table(tasks, settings.worker_concurrency))
+        count = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}"
+        return [f"{count} in {settings.tasks_config!r}", *hidden_payloads(tasks)]
+
+    for finding in _run("task list", load):
+        yield finding._replace(table=table) if finding.verdict == "ok" else finding
 
 
 async def _redis(settings: Settings, queues: Sequence[str]) -> list[str]:

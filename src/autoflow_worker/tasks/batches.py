@@ -12,6 +12,7 @@ from autoflow_worker.errors import TaskListError
 from autoflow_worker.logs.configure import job_logger
 from autoflow_worker.tasks.context import TaskContext
 from autoflow_worker.tasks.exceptions import RetryLater
+from autoflow_worker.tasks.payload import NO_ANNOTATION
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -219,7 +220,7 @@ def payload_of(queue_name: str, annotation: Any, *, in_batches: bool) -> Any:
             f"task {queue_name!r}: the handler takes {annotation}, so define_task needs a batch=, "
             "such as BatchOptions()"
         )
-    if not in_batches or annotation is Any:
+    if not in_batches or annotation in (Any, NO_ANNOTATION):
         return annotation
     if not is_items:
         raise TaskListError(

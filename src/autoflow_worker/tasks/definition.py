@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, overload
+from typing import Any, Generic, Literal, ParamSpecArgs, overload
 
 from pydantic import TypeAdapter
 from typing_extensions import TypeVar  # typing's own has defaults from Python 3.13 on
@@ -87,6 +87,8 @@ class TaskDefinition(Generic[P, R]):
         worker_options: checked.
         is_async: whether the handler is awaited; a handler that is not runs in a thread.
         payload_adapter: pydantic's validator, ``None`` for the plain JSON object.
+        payload_source: what told the payload's type: the argument ``payload``, the handler's
+            annotation, or nothing.
         takes_correlation_id: whether the payload's type has a field ``correlationId``.
         lifespan: yields the ``resources`` of the handler's context.
         around: a context manager that each attempt of the handler is inside of.
@@ -101,6 +103,7 @@ class TaskDefinition(Generic[P, R]):
     is_async: bool
     payload_adapter: TypeAdapter[P] | None = field(repr=False)
     takes_correlation_id: bool
+    payload_source: Literal["argument", "annotation"] | None = None
     lifespan: Lifespan[Any] | None = None
     around: Callable[[Any], AbstractContextManager[object]] | None = None
     around_async: Callable[[Any], AbstractAsyncContextManager[object]] | None = None
@@ -238,7 +241,7 @@ def define_task(
             f"task {queue_name!r}: batches run in the event loop or in a thread, not in processes; "
             "take batch= or run_in='process' away"
         )
-    adapter = _adapter(queue_name, handler, payload, in_batches=batch is not None)
+    adapter, source = _adapter(queue_name, handler, payload, in_batches=batch is not None)
     return TaskDefinition(
         queue_name=queue_name,
         handler=handler,
@@ -247,6 +250,7 @@ def define_task(
         is_async=is_async,
         payload_adapter=adapter,
         takes_correlation_id=payloads.has_field(adapter, CORRELATION_ID),
+        payload_source=source,
         lifespan=lifespan,
         around=around,
         around_async=around_async,
@@ -256,7 +260,8 @@ def define_task(
 
 def _adapter(
     queue_name: str, handler: Callable[..., object], payload: Any, *, in_batches: bool
-) -> Any:
+) -> tuple[Any, Any]:
+    """Return the payload's validator, and what told its type; see `TaskDefinition`."""
     way_out = "give define_task a payload= that pydantic can validate"
     try:
         annotation = payloads.payload_annotation(handler) if payload is None else payload
@@ -265,10 +270,17 @@ def _adapter(
             f"task {queue_name!r}: the annotation of the handler's payload can't be evaluated "
             f"({type(error).__name__}: {error}); make the name importable at run time, or {way_out}"
         ) from error
+    if isinstance(annotation, ParamSpecArgs):
+        raise TaskListError(
+            f"task {queue_name!r}: the handler's decorator hides the type of its payload; let it "
+            f"use functools.wraps, or {way_out}"
+        )
+    known = annotation is not payloads.NO_ANNOTATION
+    source = "argument" if payload is not None else "annotation" if known else None
     if payload is None:
         annotation = payload_of(queue_name, annotation, in_batches=in_batches)
     try:
-        return payloads.payload_adapter(annotation)
+        return payloads.payload_adapter(annotation), source
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TaskListError(

@@ -6,7 +6,8 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, Final
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
@@ -23,8 +24,10 @@ _MAX_DESCRIBED = 5_000
 _MAX_PART_LENGTH = 64
 _MAX_SCHEMAS = 1_000  # parts of a schema that are looked at, which may refer to each other
 
+NO_ANNOTATION: Final = inspect.Parameter.empty
+
 # Types for which any JSON object is valid.
-_PLAIN: list[Any] = [Any, object, dict, dict[str, Any], dict[str, object]]
+_PLAIN: list[Any] = [NO_ANNOTATION, Any, object, dict, dict[str, Any], dict[str, object]]
 _PLAIN += [Mapping, Mapping[str, Any], Mapping[str, object]]
 
 
@@ -38,7 +41,7 @@ def underlying_function(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def payload_annotation(handler: Callable[..., Any]) -> Any:
-    """Return the annotation of a handler's first parameter, ``Any`` if there is none.
+    """Return the annotation of a handler's first parameter, `NO_ANNOTATION` if there is none.
 
     Raises:
         NameError: or another exception, from the evaluation of an annotation in quotes.
@@ -46,13 +49,41 @@ def payload_annotation(handler: Callable[..., Any]) -> Any:
     try:
         first = next(iter(inspect.signature(handler).parameters.values()), None)
     except ValueError:  # a builtin without a signature
-        return Any
-    if first is None or first.annotation is inspect.Parameter.empty:
-        return Any
+        return NO_ANNOTATION
+    if first is None or first.annotation is NO_ANNOTATION:
+        return NO_ANNOTATION
     # Evaluate only this annotation: the others' names may exist for type checkers alone.
     holder = types.SimpleNamespace(__annotations__={first.name: first.annotation})
     namespace = getattr(inspect.unwrap(underlying_function(handler)), "__globals__", {})
     return typing.get_type_hints(holder, globalns=namespace, include_extras=True)[first.name]
+
+
+def hidden_annotation(handler: Callable[..., Any]) -> Any:
+    """Return the payload's annotation that a decorator without `functools.wraps` hides.
+
+    Looks at the functions that the handler's function closes over, or that the handler has as its
+    attributes: a decorator keeps the decorated function there. `NO_ANNOTATION` if none of them
+    looks like a handler with a payload of a type of its own.
+    """
+    function = underlying_function(handler)
+    kept = [*getattr(handler, "__dict__", {}).values()]
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            kept.append(cell.cell_contents)
+    for each in kept:
+        if inspect.isfunction(each) and _takes_context(each):
+            with suppress(Exception):  # an annotation that can't be evaluated
+                annotation = payload_annotation(each)
+                if annotation not in _PLAIN:
+                    return annotation
+    return NO_ANNOTATION
+
+
+def _takes_context(function: Callable[..., Any]) -> bool:
+    parameters = list(inspect.signature(function).parameters.values())
+    return len(parameters) > 1 and (
+        parameters[1].name == "ctx" or "TaskContext" in str(parameters[1].annotation)
+    )
 
 
 def payload_adapter(annotation: Any) -> TypeAdapter[Any] | None:

@@ -1,8 +1,8 @@
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import pytest
 from pydantic import BaseModel, TypeAdapter
@@ -13,6 +13,9 @@ from autoflow_worker.errors import TaskListError
 
 if TYPE_CHECKING:
     from decimal import Decimal
+
+
+P = ParamSpec("P")
 
 
 class Email(BaseModel):
@@ -251,3 +254,17 @@ def test_a_sync_handler_has_no_async_context_manager() -> None:
 
     with pytest.raises(TaskListError, match="around_async is for async handlers"):
         define_task("q", handler, around_async=lambda ctx: contextlib.nullcontext())  # type: ignore[arg-type]
+
+
+def test_a_decorator_that_passes_its_parameters_on_is_named() -> None:
+    def hides(handler: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
+        async def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+            await handler(*args, **kwargs)
+
+        return wrapper
+
+    @hides
+    async def handler(payload: dict[str, int], ctx: TaskContext) -> None: ...
+
+    with pytest.raises(TaskListError, match=r"hides the type of its payload; .*functools\.wraps"):
+        define_task("q", handler)
