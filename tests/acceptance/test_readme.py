@@ -78,6 +78,7 @@ async def test_the_page_on_handlers(
     payloads = {
         "exports.py": ("accounts-export", '{"account": "a"}', 10),
         "mails.py": ("mails-send", '{"to": "a@b.c"}', 1),
+        "events.py": ("events-store", '{"name": "seen"}', {"stored": "seen"}),
     }
     for name in pages:
         queue, payload, output = payloads[name]
