@@ -3,6 +3,7 @@
 from examples.emails import send_digest_task, send_welcome_email_task
 from examples.files import checksum_file_task
 from examples.payments import charge_card_task, refund_task
+from examples.readings import store_readings_task
 from examples.reports import build_report_task
 from examples.tickets import triage_ticket_task
 from examples.webhooks import deliver_webhook_task
@@ -15,5 +16,6 @@ tasks = [
     charge_card_task,
     refund_task,
     deliver_webhook_task,
+    store_readings_task,
     triage_ticket_task,
 ]

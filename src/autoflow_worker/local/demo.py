@@ -99,6 +99,7 @@ KINDS: Final = (
     Kind("quick", "users-send-welcome-email", 100, _USER),
     Kind("slow", "reports-build", 10, _REPORT),
     Kind("in a thread", "files-checksum", 24, {"name": "a file", "size": 1_000_000}),
+    Kind("in batches", "readings-store", 100, {"sensor": "roof", "celsius": 21.5}),
     BY_PRIORITY,
     Kind("delayed", "users-send-digest", 20, _USER, delay_ms=1000),
     Kind("fails twice", "payments-refund", 20, {"charge": "17"}, attempts=3),

@@ -12,12 +12,14 @@ from autoflow_worker.encoding.results import dump, storable
 from autoflow_worker.errors import NeedsServersError, NotStorableError, PayloadError
 from autoflow_worker.recording import patches
 from autoflow_worker.scheduling.jobs import job_data, job_options
+from autoflow_worker.tasks.batches import BatchOptions
 from autoflow_worker.tasks.context import TaskCancelledError, TaskContext
 from autoflow_worker.tasks.definition import CORRELATION_ID, TaskDefinition
 from autoflow_worker.tasks.exceptions import RateLimited, RateLimitError, RetryLater
 from autoflow_worker.tasks.job_handle import JobHandle
 from autoflow_worker.testing.job import StandInJob
 from autoflow_worker.worker.attempt import MOVED, UnmovedJobError
+from autoflow_worker.worker.batch_runner import BatchRunner
 from autoflow_worker.worker.handler import LoopRunner, ThreadRunner
 from autoflow_worker.worker.resources import Resources
 from autoflow_worker.worker.retries import is_final, next_delay
@@ -82,8 +84,8 @@ async def run_task(
 
     The payload is encoded and validated, the time limit and the task's ``around`` hold, a sync
     handler runs in a thread, and the result is encoded as for both stores. Neither Redis nor
-    PostgreSQL is needed. A handler with ``run_in="process"`` runs in this process, so that it can
-    have fakes as its resources.
+    PostgreSQL is needed. The handler of a batch task gets a batch of this one job. A handler with
+    ``run_in="process"`` runs in this process, so that it can have fakes as its resources.
 
     Args:
         task: as ``define_task`` returns it.
@@ -172,7 +174,12 @@ async def _execute(
     """Run the handler, as `worker/attempt` does."""
     job = running.stand_in
     # The thread of a handler that overruns its limit stays behind: two, so that one is not all.
-    runner = LoopRunner(task) if task.is_async else ThreadRunner(task, concurrency=2)
+    calls = LoopRunner(task) if task.is_async else ThreadRunner(task, concurrency=2)
+    runner: Runner = calls
+    limit = TimeLimit(limit_ms)
+    if task.batch is not None:
+        runner = BatchRunner(calls, BatchOptions(size=1), limit, concurrency=1)
+        limit = TimeLimit(None)  # The batch keeps it for its items.
     cancelling: asyncio.TimerHandle | None = None
     try:
         try:
@@ -188,7 +195,6 @@ async def _execute(
             attempt=job.attemptsStarted,
             max_attempts=job.opts["attempts"],
         )
-        limit = TimeLimit(limit_ms)
         running.wait = wait = limit.start()
         if cancel_after is not None:
             loop = asyncio.get_running_loop()

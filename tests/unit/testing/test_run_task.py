@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -13,6 +13,9 @@ import pytest
 from pydantic import BaseModel
 
 from autoflow_worker import (
+    BatchContext,
+    BatchItem,
+    BatchOptions,
     DelayedError,
     RateLimited,
     RetryLater,
@@ -260,3 +263,29 @@ async def test_an_attempt_is_from_one_to_the_last() -> None:
     for attempt in (0, 4):
         with pytest.raises(ValueError, match="attempt must be from 1 to 3"):
             await run_task(rendering, {}, attempt=attempt)
+
+
+async def test_the_handler_of_a_batch_task_gets_a_batch_of_one_job() -> None:
+    sizes: list[int] = []
+
+    async def store(items: Sequence[BatchItem[Report]], ctx: BatchContext) -> None:
+        sizes.append(ctx.size)
+        for item in items:
+            item.ctx.log("seen")
+            if item.payload.month.month == 1:
+                item.complete({"stored": item.payload.month})
+            elif item.payload.month.month == 2:
+                item.retry_later(5)
+            elif item.payload.month.month == 3:
+                await asyncio.Event().wait()
+
+    storing = define_task("reports-store", store, batch=BatchOptions())
+    runs = [
+        await run_task(storing, {"month": f"2026-0{month}-01"}, timeout_ms=50)
+        for month in range(1, 5)
+    ]
+    assert [run.outcome for run in runs] == ["completed", "retry_later", "retry", "completed"]
+    assert [run.output for run in runs] == [{"stored": "2026-01-01"}, None, None, None]
+    assert runs[2].error == "the handler ran past its time limit of 50 ms"
+    assert [run.logs for run in runs] == [["seen"]] * 4
+    assert sizes == [1] * 4
