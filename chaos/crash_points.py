@@ -12,8 +12,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 from autoflow_worker.broker.job_queue import JobQueue
 from autoflow_worker.recording.batch import BatchWriter
-from autoflow_worker.worker import attempt
 from autoflow_worker.worker.attempt import Attempt
+from autoflow_worker.worker.handler import LoopRunner
 from autoflow_worker.worker.history import JobHistory
 
 VARIABLE: Final = "CHAOS_CRASH_POINT"
@@ -25,24 +25,24 @@ class CrashPoint(NamedTuple):
 
     Attributes:
         when: before the call, or after it has returned without an error.
-        owner: the class or the module that has the functions.
-        names: of the functions.
+        owner: the class that has the methods.
+        names: of the methods.
     """
 
     when: Literal["before", "after"]
-    owner: Any
+    owner: type[Any]
     names: tuple[str, ...]
 
 
-ACKNOWLEDGEMENTS: Final = ("complete", "fail", "delay", "retry")
+ACKNOWLEDGEMENTS: Final = ("complete", "fail", "delay", "retry", "postpone")
 
 CRASH_POINTS: Final = {
     # BullMQ says active, the row does not yet.
     "after-claim": CrashPoint("before", Attempt, ("run",)),
     "before-active-row": CrashPoint("before", JobHistory, ("start",)),
     "after-active-row": CrashPoint("after", JobHistory, ("start",)),
-    "handler-start": CrashPoint("before", attempt, ("execute",)),
-    "handler-end": CrashPoint("after", attempt, ("execute",)),
+    "handler-start": CrashPoint("before", LoopRunner, ("run",)),
+    "handler-end": CrashPoint("after", LoopRunner, ("run",)),
     # PostgreSQL has a batch of patches; nobody will learn of its commit.
     "batch-sent": CrashPoint("before", BatchWriter, ("_update",)),
     # A batch is committed, and none of its callers knows.
