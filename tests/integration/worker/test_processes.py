@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +19,7 @@ from autoflow_worker.worker.processes import ProcessRunner
 from tests.support.api import Api
 from tests.support.process_tasks import FAILS_TO_IMPORT, LIST, named
 from tests.support.running import Running, RunWorker
-from tests.support.until import until
+from tests.support.until import PATIENCE, until
 
 Json = dict[str, Any]
 
@@ -35,6 +36,13 @@ def processes_of(worker: Running) -> list[psutil.Process]:
         for index in range(len(worker.service.workers))
         for child in runner_of(worker, index)._children
     ]
+
+
+def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Set how long a handler may take to end, and all that waits for it."""
+    monkeypatch.setattr("autoflow_worker.worker.processes.UNWIND_PATIENCE", seconds)
+    monkeypatch.setattr("autoflow_worker.worker.task_worker.CUT_OFF_PATIENCE", seconds)
+    monkeypatch.setattr("autoflow_worker.service.CLOSE_TIMEOUT", seconds)
 
 
 async def until_ended(*pids: int) -> None:
@@ -76,12 +84,16 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("queue", ["plain", "async"])
+# What an event loop could make a difference to.
+ASYNC_ENDS = ("kill", "exit_as_scripts_do", "fork", "close_descriptors", "write_to_descriptors")
+
+
+@pytest.mark.parametrize(("queue", "ends"), [("plain", ENDS), ("async", ASYNC_ENDS)])
 async def test_whatever_ends_a_process_costs_one_attempt(
-    queue: str, api: Api, run_worker: RunWorker
+    queue: str, ends: Collection[str], api: Api, run_worker: RunWorker
 ) -> None:
     async with run_worker(named(queue, "two"), tasks_config=LIST):
-        jobs = {do: await api.schedule(queue, {"do": do}, attempts=1) for do in ENDS}
+        jobs = {do: await api.schedule(queue, {"do": do}, attempts=1) for do in ends}
         neighbours = [await api.schedule("two", {"do": "echo", "text": str(n)}) for n in range(20)]
         for do, task_id in jobs.items():
             found = await outcome(api, queue, task_id)
@@ -90,8 +102,9 @@ async def test_whatever_ends_a_process_costs_one_attempt(
             assert found == ENDS[do] or is_abort, do
         for number, task_id in enumerate(neighbours):
             assert await outcome(api, "two", task_id) == str(number)
-        [left_behind] = await logs(api, queue, jobs["leave_a_program_and_die"])
-        await until_ended(int(left_behind))
+        if "leave_a_program_and_die" in jobs:
+            [left_behind] = await logs(api, queue, jobs["leave_a_program_and_die"])
+            await until_ended(int(left_behind))
 
 
 async def test_what_a_handler_reports_arrives(api: Api, run_worker: RunWorker) -> None:
@@ -142,11 +155,14 @@ async def test_large_values_pass(api: Api, run_worker: RunWorker) -> None:
         assert job["returnvalue"]["output"] == text
 
 
-async def test_a_time_limit_is_told_and_then_kills(api: Api, run_worker: RunWorker) -> None:
+async def test_a_time_limit_is_told_and_then_kills(
+    api: Api, run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reason = "the handler ran past its time limit of 500 ms"
     async with run_worker(named("limited", "wrapped"), tasks_config=LIST) as worker:
         polite, second = (runner_of(worker, index)._idle[0] for index in (0, 1))
         for queue, do in (("limited", "sleep"), ("wrapped", "sleep"), ("limited", "swallow")):
+            patience(monkeypatch, 0.1 if do == "swallow" else PATIENCE)
             task_id = await api.schedule(queue, {"do": do}, attempts=1)
             assert await outcome(api, queue, task_id) == reason
             # Only a process whose handler does not listen is replaced.
@@ -161,8 +177,9 @@ async def test_a_time_limit_is_told_and_then_kills(api: Api, run_worker: RunWork
     ("queue", "do"), [("plain", "sleep"), ("async", "sleep"), ("plain", "swallow")]
 )
 async def test_a_cancelled_task_reaches_its_process(
-    queue: str, do: str, api: Api, run_worker: RunWorker
+    queue: str, do: str, api: Api, run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    patience(monkeypatch, 0.1 if do == "swallow" else PATIENCE)
     stream = io.StringIO()
     configure_logging("info", "json", stream)
     async with run_worker(named(queue), tasks_config=LIST) as worker:
@@ -184,14 +201,17 @@ async def test_a_cancelled_task_reaches_its_process(
     assert ("cleaned up True" in lines) == (do == "sleep")
 
 
-async def test_the_deadline_hands_back_what_runs(api: Api, run_worker: RunWorker) -> None:
+async def test_the_deadline_hands_back_what_runs(
+    api: Api, run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience(monkeypatch, PATIENCE)
     async with run_worker(named("plain", "async", "two"), tasks_config=LIST) as worker:
         processes = processes_of(worker)
         assert len(processes) == 4
         jobs = [
             ("plain", "sleep", "pending"),
             ("async", "sleep", "pending"),
-            ("two", "swallow", "pending"),
+            ("two", "sleep", "pending"),
             ("two", "be_interrupted_late", "completed"),
         ]
         ids = [await api.schedule(queue, {"do": do}) for queue, do, _ in jobs]
@@ -210,7 +230,7 @@ async def test_the_deadline_hands_back_what_runs(api: Api, run_worker: RunWorker
 async def test_killed_processes_cost_their_own_attempts(api: Api, run_worker: RunWorker) -> None:
     """Processes are killed in the middle of jobs, and others while they have none."""
     async with run_worker(named("two"), tasks_config=LIST) as worker:
-        victims = [await api.schedule("two", {"do": "sleep"}, attempts=1) for _ in range(6)]
+        victims = [await api.schedule("two", {"do": "sleep"}, attempts=1) for _ in range(4)]
         others = [await api.schedule("two", {"do": "echo", "text": "a"}) for _ in range(100)]
         runner = runner_of(worker)
         killed: set[str] = set()
@@ -238,9 +258,9 @@ async def test_processes_are_recycled(api: Api, run_worker: RunWorker) -> None:
         return [await outcome(api, queue, task_id) for task_id in ids]
 
     async with run_worker(named("recycled", "forgetful"), tasks_config=LIST):
-        one, two, three, four, _ = await pids("recycled", 5)
-        assert one == two != three == four
-        assert len(set(await pids("forgetful", 3))) == 3
+        one, two, three = await pids("recycled", 3)
+        assert one == two != three
+        assert len(set(await pids("forgetful", 2))) == 2
 
 
 async def test_each_process_enters_the_lifespan(api: Api, run_worker: RunWorker) -> None:
