@@ -13,7 +13,7 @@ TASKS ?=
 EXAMPLES := examples.tasks_config:tasks
 DEV_TASKS = $(or $(TASKS),$(if $(strip $(OWN_TASKS)),,$(EXAMPLES)))
 IMAGE ?= autoflow-worker
-TESTS ?= tests
+TESTS ?= tests examples
 # Tests wait for servers more than they compute, so three of them run at once on each core.
 CORES := $(PYTHON) -c 'import os; print(os.cpu_count() or 1)'
 TEST_JOBS ?= $(shell echo $$((3 * $$($(CORES) 2>/dev/null || echo 2))))

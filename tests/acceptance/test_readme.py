@@ -101,6 +101,15 @@ async def test_the_page_on_handlers(
         assert await worker.wait() == 0, worker.report()
 
 
+async def test_the_page_on_testing(tmp_path: Path) -> None:
+    pages = modules((REPOSITORY / "docs" / "testing.md").read_text())
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text)
+    await shell(f"mypy --strict {' '.join(pages)}", tmp_path)
+    told = await shell("python -m pytest -q -p no:cacheprovider -o asyncio_mode=auto", tmp_path)
+    assert "4 passed" in told
+
+
 async def test_the_first_screen(worker_process: WorkerStarter, folder: Path) -> None:
     unset = dict.fromkeys(("REDIS_URL", "DATABASE_URL", "BULLMQ_PREFIX"))
     _, command = next(commands(block_with("autoflow-worker dev\n")))
