@@ -45,6 +45,7 @@ class Audit:
     reruns: Counter[str] = field(default_factory=Counter)
     states: Counter[str] = field(default_factory=Counter)
     runs: int = 0
+    runs_in_children: int = 0
     stories: dict[Key, Story] = field(default_factory=dict)
 
     def note(self, key: Key, faults: Sequence[str]) -> None:
@@ -77,7 +78,9 @@ async def audit(jobs: Sequence[PlannedJob], crew: Crew, servers: Servers, prefix
         if faults:
             result.stories[planned.key] = story
         result.states.update(story.job.states)
-    result.runs = sum(map(len, runs.values()))
+    every = [run for of_job in runs.values() for run in of_job]
+    result.runs = len(every)
+    result.runs_in_children = sum(run.in_child for run in every)
     _note_strangers(result, jobs, runs, rows, known)
     return result
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import click
@@ -23,7 +23,8 @@ from tests.support.process import WorkerProcess
 from tests.support.until import until
 
 BAR_S = 2.0
-SPREAD_S = 10.0
+SPREAD_S = 4.0
+LIMIT_S = 240.0
 PREFIX = "cancelling"
 
 _CANCEL = """UPDATE tasks SET data = data || '{"status": "cancelled"}' WHERE id = %s"""
@@ -35,14 +36,24 @@ def read(folder: Path, what: str) -> dict[str, float]:
     return {task_id: float(at) for task_id, at in (line.split() for line in lines)}
 
 
-async def cancel_all(db: Database, ids: list[str], rng: random.Random) -> dict[str, float]:
-    """Cancel the tasks at random moments; return when each was."""
-    moments = sorted((rng.uniform(0, SPREAD_S), task_id) for task_id in ids)
-    began, at = time.time(), {}
-    for moment, task_id in moments:
-        await asyncio.sleep(max(0.0, began + moment - time.time()))
+async def cancel_all(
+    db: Database, folder: Path, ids: Set[str], rng: random.Random
+) -> dict[str, float]:
+    """Cancel each task at a random moment after it began; return when each was."""
+    at: dict[str, float] = {}
+
+    async def cancel(task_id: str, delay: float) -> None:
+        await asyncio.sleep(delay)
         await db.execute(_CANCEL, task_id)
         at[task_id] = time.time()
+
+    seen: set[str] = set()
+    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
+        while seen != ids:
+            for task_id in read(folder, "began").keys() - seen:
+                group.create_task(cancel(task_id, rng.uniform(0, SPREAD_S)))
+                seen.add(task_id)
+            await asyncio.sleep(0.02)
     return at
 
 
@@ -81,9 +92,8 @@ async def run(folder: Path, seed: int) -> tuple[dict[str, list[float]], list[str
                 for queue, scheduled in jobs.items():
                     await db.insert_tasks(queue, {job.task_id: {} for job in scheduled})
                     await node.schedule_all(queue, scheduled)
-            await until(lambda: read(folder, "began").keys() == queues.keys(), 120)
-            cancelled = await cancel_all(db, list(queues), rng)
-            await until(lambda: read(folder, "told").keys() == queues.keys(), 120)
+            cancelled = await cancel_all(db, folder, queues.keys(), rng)
+            await until(lambda: read(folder, "told").keys() == queues.keys(), LIMIT_S)
             worker.terminate()
             await worker.wait()
         finally:

@@ -28,6 +28,8 @@ class Run:
     """One run of a handler.
 
     Attributes:
+        worker: the pid of the worker process.
+        pid: of the process in which it ran: the worker, or a child of it.
         ended_at: None if it never ended, as its process was killed.
         how: "returned", "raised" or "cancelled"; empty without an end.
     """
@@ -36,6 +38,7 @@ class Run:
     queue: str
     job_id: str
     attempt: int
+    worker: int
     pid: int
     started_at: float
     ended_at: float | None = None
@@ -45,15 +48,26 @@ class Run:
     def key(self) -> Key:
         return self.queue, self.job_id
 
+    @property
+    def in_child(self) -> bool:
+        """Whether it ran in a child process of the worker."""
+        return self.pid != self.worker
+
     def __str__(self) -> str:
         end = f"{self.how} {self.ended_at:.3f}" if self.ended_at else "no end"
-        return f"attempt {self.attempt} in {self.pid}: started {self.started_at:.3f}, {end}"
+        where = f"{self.worker}'s child {self.pid}" if self.in_child else str(self.pid)
+        return f"attempt {self.attempt} in {where}: started {self.started_at:.3f}, {end}"
 
 
 class EffectLog:
-    """A worker process's own file."""
+    """A process's own file.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        worker: the pid of the worker that this process is, or is a child of.
+    """
+
+    def __init__(self, folder: Path, worker: int) -> None:
+        self._worker = worker
         path = folder / f"{os.getpid()}-{uuid4().hex}"
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
@@ -61,8 +75,8 @@ class EffectLog:
     def run(self, context: TaskContext) -> Iterator[str]:
         """Log the start and the end of the block; yield the run's unique id."""
         run_id = uuid4().hex
-        job = (context.queue_name, context.task_id, context.attempt, os.getpid())
-        self._write("start", run_id, *job)
+        job = (context.queue_name, context.task_id, context.attempt)
+        self._write("start", run_id, *job, self._worker, os.getpid())
         how = "raised"
         try:
             yield run_id

@@ -66,6 +66,7 @@ def _audit_figures(found: Audit) -> list[tuple[str, str]]:
     return [
         *((state, str(n)) for state, n in sorted(found.states.items())),
         ("runs of handlers", str(found.runs)),
+        ("  in child processes", str(found.runs_in_children)),
         ("runs repeated", str(found.reruns.total())),
         *((f"  {cause}", str(n)) for cause, n in sorted(found.reruns.items())),
         ("jobs that differ", str(len(found.faults))),
@@ -89,7 +90,7 @@ def _history(report: Report, key: Key, story: Story) -> list[str]:
     lines += [f"run: {run}" for run in story.runs]
     assert report.crew is not None
     assert report.servers is not None
-    pids = {run.pid for run in story.runs}
+    pids = {run.worker for run in story.runs}
     for life in report.crew.lives:
         if life.pid in pids:
             lines.append(str(life))

@@ -29,7 +29,7 @@ class Causes:
                 yield run, self._cause(run) or self._cause_of_late(following)
 
     def _cause(self, run: Run) -> str | None:
-        life = self._lives[run.pid]
+        life = self._lives[run.worker]
         if life.killed_at is not None and self._unfinished_at(life.killed_at, run, life):
             return "killed"
         if run.job_id in life.handed_back:
@@ -42,7 +42,7 @@ class Causes:
 
     def _cause_of_late(self, run: Run) -> str | None:
         """Return why a run may have begun after another worker took its job over."""
-        for _, ended in self._silences(self._lives[run.pid]):
+        for _, ended in self._silences(self._lives[run.worker]):
             if 0 <= run.started_at - ended < ACKNOWLEDGE_S:
                 return "its worker stood still before it began"
         return None

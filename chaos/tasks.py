@@ -1,16 +1,27 @@
 """The task list of the workers that get broken: `TASKS_CONFIG=chaos.tasks:tasks`.
 
-All tasks have one handler. The payload says how long it works, and how often it fails.
+Handlers run in the event loop, in threads, in processes and in batches. The payload says how long
+one works, and how often it fails.
 """
 
 import asyncio
 import os
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from autoflow_worker import TaskContext, TaskOptions, UnrecoverableError, define_task
+from autoflow_worker import (
+    BatchContext,
+    BatchItem,
+    BatchOptions,
+    TaskContext,
+    TaskOptions,
+    UnrecoverableError,
+    define_task,
+)
 from autoflow_worker.tasks.worker_options import WorkerOptions
 from chaos.effects import FOLDER_VARIABLE, EffectLog
 
@@ -27,12 +38,24 @@ SHORT_LOCKS: WorkerOptions = {
     "maxStalledCount": 1000,
 }
 
-QUICK, SLOW, FLAKY, DOOMED, SYNC = (
-    f"chaos-{kind}" for kind in ("quick", "slow", "flaky", "doomed", "sync")
+QUICK, SLOW, FLAKY, DOOMED, SYNC, PROCESS, PROCESS_ASYNC, BATCH = QUEUES = tuple(
+    f"chaos-{kind}"
+    for kind in ("quick", "slow", "flaky", "doomed", "sync", "process", "process-async", "batch")
 )
-QUEUES = (QUICK, SLOW, FLAKY, DOOMED, SYNC)
+CHILD = "autoflow_worker.worker.child"
+"""The program of a worker's child processes."""
 
-log = EffectLog(Path(os.environ[FOLDER_VARIABLE])) if FOLDER_VARIABLE in os.environ else None
+
+def _effect_log() -> EffectLog | None:
+    if FOLDER_VARIABLE not in os.environ:
+        return None
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    in_child = program is not None and program.name == CHILD
+    # A child takes jobs only from the worker that started it, which lives while it imports this.
+    return EffectLog(Path(os.environ[FOLDER_VARIABLE]), os.getppid() if in_child else os.getpid())
+
+
+log = _effect_log()
 
 
 class Work(BaseModel):
@@ -69,11 +92,26 @@ async def work(payload: Work, ctx: TaskContext) -> dict[str, object]:
         return _finish(payload, ctx, run_id)
 
 
-def work_in_thread(payload: Work, ctx: TaskContext) -> dict[str, object]:
+def work_sync(payload: Work, ctx: TaskContext) -> dict[str, object]:
     assert log is not None
     with log.run(ctx) as run_id:
         time.sleep(payload.run_ms / 1000)
         return _finish(payload, ctx, run_id)
+
+
+async def work_in_batch(items: Sequence[BatchItem[Work]], _ctx: BatchContext) -> None:
+    async def work_on(item: BatchItem[Work]) -> None:
+        assert log is not None
+        try:
+            with log.run(item.ctx) as run_id:
+                await asyncio.sleep(item.payload.run_ms / 1000)
+                item.complete(_finish(item.payload, item.ctx, run_id))
+        except PlannedError as error:
+            item.fail(error)
+
+    async with asyncio.TaskGroup() as group:
+        for item in items:
+            group.create_task(work_on(item))
 
 
 def _finish(payload: Work, ctx: TaskContext, run_id: str) -> dict[str, object]:
@@ -83,12 +121,22 @@ def _finish(payload: Work, ctx: TaskContext, run_id: str) -> dict[str, object]:
     return {"n": payload.n, "run": run_id}
 
 
+_OPTIONS = None if DEFAULTS_VARIABLE in os.environ else SHORT_LOCKS
+_SLOTS = TaskOptions(concurrency=10)
+# Each is a process of every worker.
+_ONE_PROCESS = TaskOptions(concurrency=1, run_in="process")
+
 tasks = [
+    *(define_task(each, work, _SLOTS, None, _OPTIONS) for each in (QUICK, SLOW, FLAKY, DOOMED)),
+    define_task(SYNC, work_sync, _SLOTS, None, _OPTIONS),
+    define_task(PROCESS, work_sync, _ONE_PROCESS, None, _OPTIONS),
+    define_task(PROCESS_ASYNC, work, _ONE_PROCESS, None, _OPTIONS),
     define_task(
-        queue,
-        work_in_thread if queue == SYNC else work,
-        TaskOptions(concurrency=10),
-        worker_options=None if DEFAULTS_VARIABLE in os.environ else SHORT_LOCKS,
-    )
-    for queue in QUEUES
+        BATCH,
+        work_in_batch,
+        TaskOptions(concurrency=2),
+        None,
+        _OPTIONS,
+        batch=BatchOptions(size=10, wait_ms=20),
+    ),
 ]

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from chaos.effects import FOLDER_VARIABLE
+from chaos.tasks import CHILD
 from tests.support.process import WorkerProcess
 from tests.support.until import until
 
@@ -18,6 +21,9 @@ Span = tuple[float, float]
 
 LIFETIME = 3600.0
 """Seconds; no run takes as long."""
+
+CHILD_PATIENCE = 10.0
+"""Seconds after the last worker's end in which each child process of a worker has to be gone."""
 
 
 @dataclass
@@ -177,11 +183,17 @@ class Crew:
             life.in_use = False
 
     async def close(self) -> None:
-        """Terminate every worker, and wait for their ends."""
+        """Terminate every worker, and wait for their ends, and for those of their children."""
         self._closing = True
         alive = [life for life in self.lives if life.process.running]
         await asyncio.gather(*(self._terminate(life) for life in alive))
         await asyncio.gather(*self._keepers)
+        try:
+            await until(lambda: not children_left(self.effects), CHILD_PATIENCE)
+        except AssertionError:
+            for child in children_left(self.effects):
+                self.faults.append(f"a child outlived its worker: {child}")
+                child.kill()
 
     def destroy(self) -> None:
         """Kill the workers that are left."""
@@ -190,6 +202,20 @@ class Crew:
         for life in self.lives:
             if life.ended_at is None:
                 life.process.close()
+
+
+def children_left(effects: Path) -> list[psutil.Process]:
+    """Return the child processes of all workers that ever wrote into this folder."""
+    return [process for process in psutil.process_iter() if _is_child(process, effects)]
+
+
+def _is_child(process: psutil.Process, effects: Path) -> bool:
+    try:
+        if CHILD not in process.cmdline():
+            return False
+        return process.environ().get(FOLDER_VARIABLE) == str(effects)
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False
 
 
 def worker_env(effects: Path, grace: float) -> dict[str, str]:

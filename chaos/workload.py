@@ -16,14 +16,33 @@ from psycopg.types.json import Jsonb
 
 from autoflow_worker.recording import patches
 from chaos.effects import Key
-from chaos.tasks import DOOMED, FLAKY, QUEUES, QUICK, SLOW, SYNC
+from chaos.tasks import (
+    BATCH,
+    DOOMED,
+    FLAKY,
+    PROCESS,
+    PROCESS_ASYNC,
+    QUEUES,
+    QUICK,
+    SLOW,
+    SYNC,
+)
 from tests.support.database import task_data
 from tests.support.node import Node, NodeError, Scheduled
 
 # The comparison at the end needs every job, whatever became of it.
 Priority = Literal["critical", "high", "normal", "low"]
 KEEP_ALL = {"removeOnComplete": False, "removeOnFail": False}
-SHARES = {QUICK: 45, SLOW: 20, FLAKY: 18, DOOMED: 8, SYNC: 9}
+SHARES = {
+    QUICK: 35,
+    SLOW: 18,
+    FLAKY: 16,
+    DOOMED: 8,
+    SYNC: 7,
+    PROCESS: 4,
+    PROCESS_ASYNC: 4,
+    BATCH: 8,
+}
 PRIORITIES: Final[tuple[Priority, ...]] = ("critical", "high", "normal", "low")
 
 
@@ -72,6 +91,9 @@ def _draw_job(rng: random.Random, n: int, queue: str) -> PlannedJob:
         work["stubborn"] = rng.random() < 0.1
     elif queue == SYNC:
         work["run_ms"] = rng.randint(10, 500)
+    elif queue in (PROCESS, PROCESS_ASYNC, BATCH):
+        work |= {"run_ms": rng.randint(10, 300), "failures": int(rng.random() < 0.2)}
+        attempts = work["failures"] + 1
     elif queue == FLAKY:
         max_attempts = rng.randint(2, 4)
         work |= {"run_ms": rng.randint(0, 100), "failures": rng.randint(1, max_attempts - 1)}

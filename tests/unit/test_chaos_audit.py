@@ -31,7 +31,7 @@ def a_run(
     started_at: float, ended_at: float | None = None, *, run_id: str = "run", attempt: int = 1
 ) -> Run:
     how = "returned" if ended_at else ""
-    return Run(run_id, QUICK, JOB, attempt, PID, started_at, ended_at, how)
+    return Run(run_id, QUICK, JOB, attempt, PID, PID, started_at, ended_at, how)
 
 
 def a_life(**what_happened: Any) -> Life:
