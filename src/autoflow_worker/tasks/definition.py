@@ -116,7 +116,8 @@ class TaskDefinition(Generic[P, R]):
             PayloadError: the data does not validate; the message names the fields.
         """
         if isinstance(data, dict) and not self.takes_correlation_id and CORRELATION_ID in data:
-            data = {key: value for key, value in data.items() if key != CORRELATION_ID}
+            data = data.copy()
+            del data[CORRELATION_ID]
         return payloads.parse(self.payload_adapter, data)  # type: ignore[no-any-return]
 
 
