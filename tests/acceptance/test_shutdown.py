@@ -34,6 +34,7 @@ TASKS = f"""
         return ctx.attempt
 
     def in_a_thread(payload, ctx):
+        print("in a thread", flush=True)
         time.sleep(payload["seconds"])  # what can't be interrupted
 
     tasks = [define_task("{QUEUE}", handler), define_task("threads", in_a_thread)]
@@ -147,6 +148,9 @@ async def test_usr1_tells_what_runs(worker_process: WorkerStarter, api: Api) -> 
         await running_job(api, worker, LONG),
         await running_job(api, worker, LONG, "threads"),
     }
+    # A row says `active` before its handler begins.
+    await until_printed(worker, "attempt 1")
+    await until_printed(worker, "in a thread")
     worker.send(signal.SIGUSR1)
     await until(lambda: len(worker.logged("running_job")) == 2, message=worker.report)
     jobs = {job["queue"]: job for job in worker.logged("running_job")}
