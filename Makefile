@@ -97,7 +97,7 @@ interleavings: $(INSTALLED) ## try 10,000 orders of writes to one row
 	INTERLEAVINGS=10000 $(BIN)/python -m pytest -q \
 		tests/integration/recording/test_never_backwards.py
 
-bench: $(INSTALLED) $(NODE_INSTALLED) ## measure the worker beside Node's (15 minutes)
+bench: $(INSTALLED) $(NODE_INSTALLED) ## measure the worker beside Node's (17 minutes)
 	$(BIN)/python -m bench
 
 chaos: $(INSTALLED) $(NODE_INSTALLED) ## kill servers and workers at random, and check every row
